@@ -1,0 +1,54 @@
+"""A small RWKV-7 base, trained from nothing by the project's own full training: a stand-in for a downloaded one."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from demo.settings import FILE, OUTPUTS, DemoSettings
+from rwkv_core import checkpoint
+from rwkv_core.data.binidx import Documents
+from rwkv_core.data.prepare import prepare
+from rwkv_core.data.sampling import PackedRows
+from rwkv_core.files import sha256
+from rwkv_core.models.rwkv7 import RWKV7, new_shape
+from rwkv_core.tokenizer import VOCAB_SIZE
+from rwkv_core.training.callbacks import LAST
+from rwkv_core.training.fit import fit
+from tasks import params, stage
+
+_VALID = 0.02
+"""Share of the documents that the held-out loss of the pretraining is measured on."""
+
+
+def pretrain() -> None:
+    """demo/outputs/pretrain.jsonl -> demo/outputs/base.pth, in bfloat16 as published checkpoints are."""
+    settings = params.read(FILE, DemoSettings).pretrain
+    source = OUTPUTS / "pretrain.jsonl"
+    digest = hashlib.sha256(json.dumps([settings.model_dump(mode="json"), sha256(source)]).encode()).hexdigest()[:16]
+    folder = Path(".rwkvflow/pretrain") / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    model = RWKV7(new_shape(settings.n_layer, settings.n_embd, settings.head_size, VOCAB_SIZE))
+    model.initialize(torch.Generator().manual_seed(settings.seed))
+    optimizer, ctx_len = settings.train.optimizer, settings.train.ctx_len
+    with tempfile.TemporaryDirectory() as data:
+        prepare(source, _VALID, None, Path(data))
+        result = fit(
+            model,
+            model.parameter_groups(optimizer.lr, optimizer.weight_decay),
+            PackedRows(Documents(Path(data, "train")), ctx_len, settings.seed),
+            PackedRows(Documents(Path(data, "valid")), ctx_len, None),
+            settings.train,
+            seed=settings.seed,
+            folder=folder,
+            log=lambda step, metrics: None,
+        )
+    checkpoint.write(OUTPUTS / "base.pth", model.state_dict(), "bf16")
+    (folder / LAST).unlink(missing_ok=True)
+    print(f"pretrained on {result.tokens} tokens: held-out loss {result.history['valid'][result.steps]['loss']:.3f}")
+
+
+if __name__ == "__main__":
+    stage.main(pretrain)

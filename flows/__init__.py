@@ -1,0 +1,1 @@
+"""When the stages run, and who sees it: Prefect, the servers, the command line."""

@@ -1,0 +1,140 @@
+"""The pipeline as a Prefect flow: DVC says what to run and in which order, Prefect shows it, retries it, stops it."""
+
+import threading
+from contextlib import suppress
+from typing import Any, cast
+
+from prefect import Task, flow, get_run_logger, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import TerminationSignal
+from prefect.futures import PrefectConcurrentFuture
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import graph, report
+from rwkv_core.errors import Problem
+from tasks.stage import NESTED
+
+RUN_NAME = "RWKVFLOW_FLOW_RUN_NAME"
+"""Environment variable that tells a stage the name, beside the id, of the flow run it belongs to."""
+
+RESUMES = "train"
+"""The stage that continues from its last checkpoint; the others are cheap to start again by hand."""
+
+RETRY_DELAY = 2.0
+"""Seconds between a crash and the next try."""
+
+RUNNER_GRACE = 25.0
+"""Seconds in which a cancelled run of a deployment has to end: Prefect kills it after 30."""
+
+_CANCEL_POLL = 2.0  # seconds
+_ONE_AT_A_TIME: Any = ThreadPoolTaskRunner(max_workers=1)  # as `dvc repro`: two stages may not fit into memory together
+_Future = PrefectConcurrentFuture[State[object]]
+
+
+def _worth_a_retry(_task: Task[..., object], task_run: TaskRun, state: State[object]) -> bool:
+    """A crash of a stage that continues where it was. What a person has to put right stays wrong when tried again."""
+    failure = state.data
+    return graph.short_name(task_run.name) == RESUMES and isinstance(failure, graph.StageError) and failure.crashed
+
+
+@task(
+    cache_policy=NO_CACHE,  # DVC knows whether there is anything to do
+    persist_result=False,
+    retry_delay_seconds=RETRY_DELAY,
+    retry_condition_fn=_worth_a_retry,
+)
+def reproduce(stage: str, force: bool, stop: threading.Event, grace: float) -> State[object]:
+    """Bring one stage up to date; the state it ends in says how."""
+    environment = {
+        NESTED: str(runtime.flow_run.id),
+        RUN_NAME: str(runtime.flow_run.name),
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",  # this task logs what the stage prints: else each line came twice
+    }
+    log = get_run_logger().info
+    try:
+        outcome = graph.reproduce(stage, log, force=force, environment=environment, stop=stop, grace=grace)
+    except graph.StageError as failure:
+        return Failed(message=str(failure), data=failure)
+    except graph.StoppedError as stopped:
+        return Cancelled(message=str(stopped))
+    return Completed(name=outcome.value)
+
+
+@flow(name="pipeline", task_runner=_ONE_AT_A_TIME, persist_result=False)
+def pipeline(targets: list[str] | None = None, force: bool = False, retries: int = 1) -> State[object]:
+    """Bring every stage up to date, in the order of DVC's graph.
+
+    Args:
+        targets: Stages to bring up to date, with all that they need. Empty: the whole pipeline.
+        force: Run the stages even if nothing has changed.
+        retries: How often training that crashed is continued from its last checkpoint.
+    """
+    try:
+        stages = graph.plan(targets or [])
+    except Problem as problem:
+        return Failed(message=str(problem))
+    stop = threading.Event()
+    runner_kills = runtime.deployment.id is not None
+    grace = RUNNER_GRACE if runner_kills else graph.PATIENCE
+    futures: dict[str, _Future] = {}
+    try:
+        for stage in stages:
+            run = reproduce.with_options(name=stage.name, task_run_name=stage.name, retries=retries)
+            needs = [futures[need] for need in stage.needs]
+            future = run.submit(stage.name, force, stop, grace, wait_for=needs, return_state=False)
+            futures[stage.name] = cast(_Future, future)
+        cancelled = _wait(futures, watch=not runner_kills)
+    except (KeyboardInterrupt, TerminationSignal):
+        _stop(futures, stop)
+        if runner_kills:
+            raise  # the runner sent the signal, and records how the run ended
+        return Cancelled(message="stopped by a signal; what ran has saved its work")
+    if cancelled:
+        _stop(futures, stop)
+        return Cancelled(message="cancelled; what ran has saved its work")
+    states = {name: future.state for name, future in futures.items()}
+    report.publish(stages, states)
+    return _conclusion(states)
+
+
+def _wait(futures: dict[str, _Future], *, watch: bool) -> bool:
+    """Wait for all stages; returns early, and True, when the flow run is cancelled and `watch` is set.
+
+    A run of a deployment has a runner that watches for a cancel and sends a signal; a run started by hand has nobody.
+    """
+    with get_client(sync_client=True) as client:
+        for future in futures.values():
+            while not future.wrapped_future.done():
+                future.wait(timeout=_CANCEL_POLL)
+                with suppress(Exception):  # a server that is away for a moment stops nothing
+                    state = client.read_flow_run(runtime.flow_run.id).state if watch else None
+                    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                        return True
+    return False
+
+
+def _stop(futures: dict[str, _Future], stop: threading.Event) -> None:
+    stop.set()
+    for future in futures.values():
+        future.wait()
+
+
+def _conclusion(states: dict[str, State[object]]) -> State[object]:
+    failed = [f"stage {name} failed: {_reason(name, state)}" for name, state in states.items() if state.is_failed()]
+    if failed:
+        return Failed(message="\n".join(failed))
+    unfinished = [name for name, state in states.items() if not state.is_completed()]
+    if unfinished:
+        return Failed(message=f"stages {', '.join(unfinished)} did not finish; their states in this run say why")
+    counts = {name: [state.name for state in states.values()].count(name) for name in graph.Outcome}
+    return Completed(
+        message=f"{len(states)} stages: {counts[graph.Outcome.EXECUTED]} executed, "
+        f"{counts[graph.Outcome.CACHED]} up to date, {counts[graph.Outcome.RESTORED]} restored from the run cache"
+    )
+
+
+def _reason(name: str, state: State[object]) -> str:
+    return (state.message or "").removeprefix(f"{name}: ").removeprefix(f"{graph.short_name(name)}: ")

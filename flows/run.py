@@ -1,0 +1,63 @@
+"""`rwkvflow run`: the pipeline flow where a Prefect server answers, plain DVC where none does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flows.environment import MLFLOW, PREFECT_API, set_defaults
+from flows.graph import ask_to_stop
+from flows.signals import stop_on_signal
+from tasks.stage import answers
+
+STOPPED = 128 + signal.SIGINT
+"""Exit code of a run that was asked to stop, and did."""
+
+_POLL = 0.1  # seconds
+
+
+def run(root: Path, targets: Sequence[str], *, force: bool, say: Callable[[str], None]) -> int:
+    """Bring `targets` up to date in `root`, which is the current folder.
+
+    Returns:
+        0 done, 1 failed, 130 stopped.
+    """
+    set_defaults(root)
+    api = os.environ.get("PREFECT_API_URL") or PREFECT_API
+    if not answers(api):
+        say(f"No Prefect server answers at {api}: running plain `dvc repro`.")
+        return _with_dvc(targets, force=force)
+    os.environ["PREFECT_API_URL"] = api
+    if "MLFLOW_TRACKING_URI" not in os.environ and answers(MLFLOW):
+        os.environ["MLFLOW_TRACKING_URI"] = MLFLOW
+    return _with_prefect(targets, force=force)
+
+
+def _with_prefect(targets: Sequence[str], *, force: bool) -> int:
+    from flows.pipeline import pipeline  # imports Prefect, which reads the environment set above
+
+    try:
+        state = pipeline(targets=list(targets) or None, force=force, return_state=True)
+    except KeyboardInterrupt:  # before the first stage, or twice
+        return STOPPED
+    if state.is_cancelled():
+        return STOPPED
+    return 0 if state.is_completed() else 1
+
+
+def _with_dvc(targets: Sequence[str], *, force: bool) -> int:
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *targets]
+    with stop_on_signal() as stop:
+        # a session of its own: Ctrl+C reaches us alone, and we tell the stage
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        asked = set[int]()
+        while process.poll() is None:
+            if stop.is_set():
+                ask_to_stop(process.pid, asked, begun=True)
+            time.sleep(_POLL)
+    if process.returncode == 0:
+        return 0
+    return STOPPED if stop.is_set() else 1

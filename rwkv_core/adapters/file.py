@@ -1,0 +1,75 @@
+"""Adapter files: RWKV-PEFT's keys in a .pth, and beside them in the same file a record that says all a merge needs.
+
+A .pth is a zip archive; the record is one more entry in it, which `torch.load` and older tools pass over. A tensor or a key
+for it would be copied into the merged model by RWKV-PEFT's merge scripts.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rwkv_core import checkpoint
+from rwkv_core.config import AdapterConfig, Config
+from rwkv_core.errors import InputError
+from rwkv_core.files import whole_file
+
+_ENTRY = "archive/rwkv-flow.json"
+
+
+class AdapterRecord(Config):
+    """Where an adapter comes from and what it fits."""
+
+    format: Literal[1]
+    """Version of this record."""
+
+    adapter: AdapterConfig
+    """Method and settings."""
+
+    base_sha256: str
+    """The checkpoint that it was trained on, and is merged into."""
+
+    data_sha256: str
+    """The source text."""
+
+    vocabulary_sha256: str
+    """The tokenizer's table."""
+
+    run: str
+    """Digest of all that the training depended on: equal digests, equal adapters."""
+
+
+def write(path: Path, tensors: dict[str, Tensor], record: AdapterRecord) -> None:
+    """Save an adapter; the bytes depend on tensors and record alone.
+
+    Raises:
+        WorldError: there is no room, or no permission.
+    """
+    entry = zipfile.ZipInfo(_ENTRY, date_time=(1980, 1, 1, 0, 0, 0))
+    with whole_file(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save({name: x.cpu().contiguous().clone() for name, x in tensors.items()}, file)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.writestr(entry, json.dumps(record.model_dump(mode="json"), indent=2))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], AdapterRecord]:
+    """The tensors and the record of an adapter file.
+
+    Raises:
+        InputError: it can't be read, or has no record.
+    """
+    tensors = checkpoint.read(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tensors, AdapterRecord.model_validate_json(archive.read(_ENTRY))
+    except (KeyError, zipfile.BadZipFile):
+        raise InputError(str(path), "has no record of its base and settings", "train it with RWKV-Flow") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(f"{path}: {_ENTRY}", f"is of another version ({reason})", "train the adapter anew") from None

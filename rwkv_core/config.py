@@ -1,0 +1,198 @@
+"""What a run can be told, as closed, immutable, typed sections of params.yaml.
+
+Types, ranges and meanings live here; values live in params.yaml only, so no field has a default. Nothing in this file
+imports torch: a mistake in params.yaml is reported before anything slow is loaded.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Config(BaseModel):
+    """Immutable and closed: an unknown key is an error. A field's docstring is its help text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class HoldoutConfig(Config):
+    """Which rows are kept from training, to judge the result by."""
+
+    fraction: float = Field(gt=0, lt=1)
+    """Share of the groups held out. A group's side depends on its name alone, so new rows never move old ones."""
+
+    group: str | None
+    """Field of a row whose value names its group: rows of one group are never on both sides. null: the text itself."""
+
+
+class DataConfig(Config):
+    """What to learn from."""
+
+    source: Path
+    """A .jsonl file: one JSON object a line, with a "text" field."""
+
+    holdout: HoldoutConfig
+
+
+class ModelConfig(Config):
+    """What to start from."""
+
+    base: Path
+    """An RWKV-7 checkpoint, .pth. Version, sizes and ranks are read from it."""
+
+    op: Literal["auto", "torch", "reference"]
+    """Implementation of the WKV operator. auto: the fastest that works here."""
+
+
+class LoraConfig(Config):
+    """LoRA: a trainable low-rank update beside each frozen matrix, y = W x + (alpha / rank) B A dropout(x)."""
+
+    kind: Literal["lora"]
+
+    rank: int = Field(ge=1)
+    """Rank of the update B A."""
+
+    alpha: float = Field(gt=0)
+    """The update is scaled by alpha / rank."""
+
+    dropout: float = Field(ge=0, lt=1)
+    """Probability of zeroing each input of the update during training."""
+
+    targets: tuple[str, ...] = Field(min_length=1)
+    """Matrices to adapt, by their name inside a block; * matches anything: att.receptance, att.*, ffn.key."""
+
+
+AdapterConfig = LoraConfig
+
+
+class OptimizerConfig(Config):
+    """How fast to learn: AdamW and the course of its learning rate."""
+
+    lr: float = Field(gt=0, lt=1)
+    """Peak learning rate, reached after warmup_steps."""
+
+    lr_final: float = Field(ge=0, lt=1)
+    """Learning rate at the last step."""
+
+    schedule: Literal["constant", "linear", "cosine"]
+    """Course from lr to lr_final after the warm-up. constant stays at lr, and lr_final must equal it."""
+
+    warmup_steps: int = Field(ge=0)
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+
+    weight_decay: float = Field(ge=0, lt=1)
+    """AdamW's decoupled decay, on matrices only."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    """AdamW's averaging of gradients and of their squares, each in [0, 1)."""
+
+    eps: float = Field(gt=0, lt=1)
+    """AdamW's term against division by zero. RWKV is pretrained with 1e-18."""
+
+    grad_clip: float = Field(ge=0)
+    """Largest norm of the whole gradient; longer ones are scaled down to it. 0: never."""
+
+    @model_validator(mode="after")
+    def _course_makes_sense(self) -> Self:
+        if self.schedule == "constant" and self.lr_final != self.lr:
+            raise ValueError(f"a constant schedule stays at lr = {self.lr:g}, but lr_final is {self.lr_final:g}")
+        if self.lr_final > self.lr:
+            raise ValueError(f"lr_final = {self.lr_final:g} is above lr = {self.lr:g}")
+        return self
+
+
+class TrainConfig(Config):
+    """How long to train, on how much at a time."""
+
+    ctx_len: int = Field(ge=2, le=1_048_576)
+    """Tokens per row. Documents are packed end to end, so none is cut off and each token is learned once an epoch."""
+
+    micro_batch: int = Field(ge=1)
+    """Rows per forward pass."""
+
+    accumulate: int = Field(ge=1)
+    """Micro-batches per optimizer step."""
+
+    epochs: float = Field(gt=0)
+    """Passes over the training rows. Fractions are allowed."""
+
+    precision: Literal["fp32", "bf16"]
+    """Precision of the matrix products. The WKV state and the loss are float32 under both."""
+
+    l2_wrap: float = Field(ge=0)
+    """Pull of each position's largest logit towards 0, against overconfidence. RWKV's pretraining uses 1e-4; 0: off."""
+
+    validate_every: int = Field(ge=1)
+    """Optimizer steps between two measurements of the held-out loss."""
+
+    validate_rows: int = Field(ge=1)
+    """Rows of held-out text measured each time, from the front; all are measured in the evaluate stage."""
+
+    checkpoint_every: int = Field(ge=1)
+    """Optimizer steps between two checkpoints. A killed run loses at most these."""
+
+    optimizer: OptimizerConfig
+
+
+class SampleConfig(Config):
+    """Texts to generate for a person to read."""
+
+    prompts: tuple[str, ...]
+    """Beginnings to continue, beside those taken from held-out rows."""
+
+    held_out: int = Field(ge=0)
+    """How many held-out rows to take a prompt from: their text up to the first answer."""
+
+    max_tokens: int = Field(ge=1)
+    """Longest continuation, in tokens."""
+
+    temperature: float = Field(ge=0)
+    """0: always the likeliest token."""
+
+    top_p: float = Field(gt=0, le=1)
+    """Draw only from the likeliest tokens that together have this probability."""
+
+
+class EvaluateConfig(Config):
+    """How to judge the tuned model against its base."""
+
+    ctx_len: int = Field(ge=1)
+    """Tokens per slice. The state is carried from slice to slice, so every document is scored whole."""
+
+    batch: int = Field(ge=1)
+    """Documents scored together."""
+
+    resamples: int = Field(ge=100)
+    """Bootstrap draws over documents."""
+
+    confidence: float = Field(gt=0.5, lt=1)
+    """Coverage of the interval, e.g. 0.95."""
+
+    samples: SampleConfig
+
+
+class ExportConfig(Config):
+    """Which files to make for which clients."""
+
+    formats: tuple[Literal["pth", "st"], ...] = Field(min_length=1)
+    """pth: the rwkv package and RWKV Runner. st: web-rwkv and Ai00, fp16."""
+
+    dtype: Literal["as_loaded", "bf16", "fp16", "fp32"]
+    """Precision of the .pth file."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError(f"formats names one twice: {', '.join(self.formats)}")
+        return self
+
+
+class TrackingConfig(Config):
+    """Names in MLflow. No stage depends on them."""
+
+    experiment: str = Field(min_length=1)
+    """Experiment that the runs belong to."""
+
+    registered_model: str = Field(min_length=1)
+    """Model under which each merged checkpoint becomes a new version."""

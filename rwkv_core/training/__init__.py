@@ -1,0 +1,1 @@
+"""Training: the loss, the schedule, the steps and what happens between them."""

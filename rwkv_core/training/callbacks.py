@@ -1,0 +1,190 @@
+"""What happens between the steps: they are recorded, measured, shown, saved, and stopped when a signal asks."""
+
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from rwkv_core.data.sampling import Batch, MicroBatches
+from rwkv_core.errors import Interrupted
+from rwkv_core.files import whole_file
+from rwkv_core.training.module import Training
+
+Log = Callable[[int, dict[str, float]], None]
+"""Told the number of optimizer steps done, and measurements by name."""
+
+LAST = "last.ckpt"
+"""The one checkpoint of a run: each replaces the one before."""
+
+
+class StepCallback(pl.Callback):
+    """Is called once an optimizer step, not once a micro-batch."""
+
+    _step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Count from where the run starts or continues."""
+        self._step = trainer.global_step
+        self.on_run_start(trainer, _training(module), self._step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Call `on_step_end` if this micro-batch was its step's last."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.on_step_end(trainer, _training(module), self._step)
+
+    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """The run starts, or continues, after `step` steps."""
+
+    def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """`step` optimizer steps are done."""
+
+
+class Recorder(StepCallback):
+    """Notes each step in the history, measures the held-out loss when it is due, and passes both on."""
+
+    def __init__(self, batches: MicroBatches, valid: Sequence[Batch], validate_every: int, log: Log) -> None:
+        self._batches, self._valid, self._every, self._log = batches, valid, validate_every, log
+        self._began = self._in_step = 0.0
+        self.seconds, self.tokens = 0.0, 0
+        """Time in training steps and tokens learned, in this process."""
+        self.tokens_per_second = 0.0
+        """Of the last step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop it."""
+        self._in_step += time.perf_counter() - self._began
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Measure the untrained model, to see later what was gained."""
+        if step == 0:
+            self._validate(training, step)
+
+    def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Note the step."""
+        learned = self._batches.tokens_before(step)
+        tokens = learned - self._batches.tokens_before(step - 1)
+        self.seconds, self.tokens = self.seconds + self._in_step, self.tokens + tokens
+        self.tokens_per_second, self._in_step = tokens / self._in_step, 0.0
+        row = training.note_step(step, learned)
+        speed = {"tokens_per_second": self.tokens_per_second, "peak_memory_mb": peak_memory_mb()}
+        self._log(step, {f"train/{name}": float(value) for name, value in (row | speed).items()})
+        if step % self._every == 0 or step == self._batches.steps:
+            self._validate(training, step)
+
+    def _validate(self, training: Training, step: int) -> None:
+        loss = training.held_out_loss(self._valid)
+        training.history["valid"][step] = {"loss": loss}
+        self._log(step, {"valid/loss": loss})
+
+
+def peak_memory_mb() -> float:
+    """Largest memory so far, in MB: of the GPU where one is used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    # not ru_maxrss where it can be had: that counts the memory of the process that started this one too
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    kilobytes = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * 1024 / 1e6
+
+
+class Progress(StepCallback):
+    """A bar on a terminal, a line now and then in a log: loss, held-out loss, learning rate, tokens a second, time left."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, recorder: Recorder, steps: int) -> None:
+        self._recorder, self._steps = recorder, steps
+        self._bar: Any = None
+        self._first, self._began, self._shown = 0, 0.0, 0.0
+
+    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Begin at the step the run continues from."""
+        self._first, self._began = step, time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Show the step."""
+        row, valid = training.history["train"][step], training.history["valid"]
+        shown = {
+            "loss": f"{row['loss']:.4f}",
+            "valid": f"{valid[max(valid)]['loss']:.4f}" if valid else "-",
+            "lr": f"{row['lr']:.2e}",
+            "tok/s": f"{self._recorder.tokens_per_second:.0f}",
+        }
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+        elif now - self._shown >= self.SECONDS_BETWEEN_LINES or step == self._steps:
+            left = (now - self._began) / (step - self._first) * (self._steps - step)
+            words = " ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {step}/{self._steps} {words} left {tqdm.format_interval(left)}", flush=True)
+            self._shown = now
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Checkpoints(StepCallback):
+    """Saves the run every so many steps and when a signal asks it to stop, always between two steps."""
+
+    def __init__(self, folder: Path, every: int, steps: int) -> None:
+        self._path, self._every, self._steps = folder / LAST, every, steps
+        self._signal: int | None = None
+
+    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Listen for Ctrl+C and for termination, in place of Lightning, which would leave a step half done.
+
+        Lightning has noted who listened before the run, and gives the signals back to them after it. Only a process's main
+        thread may listen; a run in another one is stopped by whoever started it.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:  # asked twice: the last checkpoint is whole, so leave at once
+            raise Interrupted(number, f"stopped at once; run again and it continues from {self._path}")
+        self._signal = number
+        print("stopping after this step; a second signal stops at once", file=sys.stderr, flush=True)
+
+    def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Save where it is time, and stop where a signal asked."""
+        if step % self._every == 0 or step == self._steps or self._signal is not None:
+            with whole_file(self._path) as temporary:
+                trainer.save_checkpoint(temporary)
+        if self._signal is not None:
+            raise Interrupted(
+                self._signal, f"stopped and saved after step {step} of {self._steps}; run again to continue"
+            )
+
+
+def _training(module: pl.LightningModule) -> Training:
+    if not isinstance(module, Training):
+        raise TypeError(f"{type(module).__name__} is trained; these callbacks serve Training; use them through fit()")
+    return module

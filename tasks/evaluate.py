@@ -1,0 +1,148 @@
+"""evaluate: base and tuned model score the same held-out documents; a page says what came of it."""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_core import evaluate as evaluation
+from rwkv_core import models, report
+from rwkv_core.data.binidx import Documents
+from rwkv_core.evaluate import Scores
+from rwkv_core.files import sha256, whole_folder, write_json
+from rwkv_core.generate import generate
+from rwkv_core.tokenizer import world
+from tasks import stage, tracking
+from tasks.params import Params, load
+
+
+def evaluate() -> None:
+    """Base, outputs/merged and outputs/data -> outputs/evaluate: report.html and all that is in it."""
+    params = load()
+    settings, documents = params.evaluate, Documents(stage.DATA / "valid")
+    prompts = [
+        *settings.samples.prompts,
+        *evaluation.held_out_prompts(documents, world(), settings.samples.held_out),
+    ]
+    scores, texts = {}, {}
+    for name, path in (("base", params.model.base), ("tuned", stage.MODEL)):  # one in memory at a time
+        scores[name], texts[name] = _judge(name, path, documents, prompts, params)
+    comparison = evaluation.compare(
+        scores["base"],
+        scores["tuned"],
+        resamples=settings.resamples,
+        confidence=settings.confidence,
+        seed=params.seed,
+    )
+    samples = [
+        {"prompt": prompt, "base": base, "tuned": tuned}
+        for prompt, base, tuned in zip(prompts, texts["base"], texts["tuned"], strict=True)
+    ]
+    with whole_folder(stage.EVALUATE) as out:
+        write_json(out / "metrics.json", comparison)
+        write_json(out / "samples.json", samples)
+        receipt = {"base": {"sha256": sha256(params.model.base)}, "tuned": {"sha256": sha256(stage.MODEL)}}
+        write_json(out / "receipt.json", receipt)
+        _write_documents(out / "documents.csv", scores["base"], scores["tuned"])
+        pictures = _pictures(scores["base"], scores["tuned"])
+        for (_, figure), file in zip(pictures.items(), ("loss_curve.png", "documents.png"), strict=True):
+            report.save_picture(figure, out / file)
+        report.write(
+            out / "report.html",
+            comparison=comparison,
+            pictures=pictures,
+            samples=samples,
+            facts=_facts(params, receipt),
+        )
+    tracking.publish(Path.cwd(), params.tracking)
+    print(f"{report.verdict(comparison)} The report is {stage.EVALUATE / 'report.html'}")
+
+
+def _judge(name: str, path: Path, documents: Documents, prompts: list[str], params: Params) -> tuple[Scores, list[str]]:
+    import torch
+
+    settings, device = params.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
+    model = models.load(path, dtype=dtype, device=device, op=params.model.op).eval()
+    shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if done == total or time.monotonic() - shown > 10:
+            print(f"scoring the {name}: {done} of {total} documents", flush=True)
+            shown = time.monotonic()
+
+    scores = evaluation.score(
+        model, documents, world(), ctx_len=settings.ctx_len, batch=settings.batch, progress=progress
+    )
+    wanted = settings.samples
+    texts = [
+        generate(
+            model,
+            world(),
+            prompt,
+            max_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            seed=params.seed + i,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return scores, texts
+
+
+def _pictures(base: Scores, tuned: Scores) -> dict[str, Any]:
+    train, valid = (_read_curve(stage.TRAIN / name) for name in ("history.csv", "valid.csv"))
+    return {
+        "Loss during training.": report.training_curve(train, valid),
+        "Every held-out document, in nats a token; below the line is better.": report.document_change(
+            base.nats / base.tokens, tuned.nats / tuned.tokens
+        ),
+    }
+
+
+def _read_curve(path: Path) -> list[tuple[float, float]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["document", "tokens", "bytes", "base_loss", "tuned_loss"])
+        columns = np.stack([base.tokens, base.bytes, base.nats / base.tokens, tuned.nats / tuned.tokens], 1)
+        table.writerows([i, *(format(x, ".9g") for x in row)] for i, row in enumerate(columns.tolist()))
+
+
+def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+    manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
+    adapter, train = params.adapter, params.train
+    return {
+        "Data": {
+            "source": manifest["source"]["path"],
+            "rows": manifest["source"]["rows"],
+            "training": f"{manifest['train']['documents']} documents, {manifest['train']['tokens']} tokens",
+            "held out": f"{manifest['valid']['documents']} documents, {manifest['valid']['tokens']} tokens",
+            "split by": manifest["holdout"]["group"] or "text",
+        },
+        "Model": {
+            "base": params.model.base,
+            "base sha256": receipt["base"]["sha256"][:16],
+            "tuned sha256": receipt["tuned"]["sha256"][:16],
+        },
+        "Training": {
+            "adapter": f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}",
+            "targets": ", ".join(adapter.targets),
+            "epochs": f"{train.epochs:g}",
+            "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
+            "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",
+            "seed": params.seed,
+        },
+    }
+
+
+if __name__ == "__main__":
+    stage.main(evaluate)

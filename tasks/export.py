@@ -1,0 +1,22 @@
+"""export: the merged model in the formats that clients read, each file read back and checked."""
+
+from pathlib import Path
+
+from rwkv_core.export import export as export_files
+from rwkv_core.files import whole_folder, write_json
+from tasks import stage, tracking
+from tasks.params import load
+
+
+def export() -> None:
+    """outputs/merged -> outputs/export: model.pth, model.st, and conformance.json."""
+    params = load()
+    with whole_folder(stage.EXPORT) as out:
+        report = export_files(stage.MODEL, out, params.export.formats, params.export.dtype)
+        write_json(out / "conformance.json", report)
+    tracking.publish(Path.cwd(), params.tracking)
+    print(f"exported {', '.join(str(stage.EXPORT / entry['file']) for entry in report['formats'].values())}")
+
+
+if __name__ == "__main__":
+    stage.main(export)

@@ -1,0 +1,105 @@
+"""params.yaml, read once, checked whole."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rwkv_core.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from rwkv_core.errors import InputError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Params(Config):
+    """Every value of a run."""
+
+    seed: int = Field(ge=0, lt=2**31)
+    """Everything random in a run follows from it."""
+
+    data: DataConfig
+    model: ModelConfig
+    adapter: AdapterConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    export: ExportConfig
+    tracking: TrackingConfig
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """The parameters in `path`.
+
+    Raises:
+        InputError: the file is missing or not YAML, or some values are not valid; all mistakes are named at once.
+    """
+    return read(path, Params)
+
+
+def read(path: Path, schema: type[T]) -> T:
+    """The values in a YAML file, as `schema` has them.
+
+    Raises:
+        InputError: as in `load`.
+    """
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            str(path), "every value of a run is read from it", "run this in the repository's root"
+        ) from None
+    except YAMLError as error:
+        where = " ".join(str(error).split())
+        raise InputError(str(path), f"is not YAML: {where}", "correct that place") from None
+    try:
+        return schema.model_validate(values if values is not None else {})
+    except ValidationError as error:
+        mistakes = [_mistake(schema, detail) for detail in error.errors(include_url=False)]
+        many = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise InputError(
+            str(path), f"has {many}", "put right:\n" + "\n".join(f"  {mistake}" for mistake in mistakes)
+        ) from None
+
+
+def _mistake(schema: type[BaseModel], detail: Any) -> str:
+    """One pydantic error as value: rule; remedy."""
+    *parents, name = detail["loc"] or ("",)
+    key = ".".join(map(str, detail["loc"]))
+    section, field = _walk(schema, detail["loc"])
+    meaning = " ".join((field.description or "").split()) if field is not None else ""
+    if detail["type"] == "missing":
+        return f"{key}: is missing; add it" + (f" ({meaning})" if meaning else "")
+    if detail["type"] == "extra_forbidden":
+        names = list(section.model_fields) if section is not None else []
+        close = difflib.get_close_matches(str(name), names, n=1)
+        prefix = "".join(f"{parent}." for parent in parents)
+        remedy = f"did you mean {prefix}{close[0]}?" if close else f"remove it; the names here are {', '.join(names)}"
+        return f"{key} = {detail['input']!r}: there is no such setting; {remedy}"
+    rule = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = (
+        "" if isinstance(detail["input"], dict) else f" = {detail['input']!r}"
+    )  # a rule between settings names them itself
+    return f"{key}{shown}: {rule}; change it" + (f" ({meaning})" if meaning else "")
+
+
+def _walk(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, Any]:
+    """The section that holds the last name of `loc`, and that name's field where it has one."""
+    section: Any = schema
+    for name in loc[:-1]:
+        inner = section.model_fields.get(name) if section is not None else None
+        annotation = inner.annotation if inner is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return section if inner is None else None, inner
+        section = annotation
+    return section, section.model_fields.get(loc[-1]) if loc else None

@@ -1,0 +1,99 @@
+"""How a stage is run: `python -m tasks.<stage>` is what dvc.yaml calls, and it finds out where it is.
+
+nested  the pipeline flow runs it inside a task run of its own: the function is called, its output is that task's log.
+served  PREFECT_API_URL names a server that answers: a flow of one task, visible in that server's UI.
+plain   otherwise: the function is called. Prefect is not even imported, let alone a server started.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from rwkv_core.errors import Interrupted, Problem
+from rwkv_core.files import explain
+
+OUTPUTS = Path("outputs")
+"""Everything the stages write, each into its own folder, as dvc.yaml declares it."""
+
+DATA, TRAIN, MERGED, EVALUATE, EXPORT = (OUTPUTS / n for n in ("data", "train", "merged", "evaluate", "export"))
+MANIFEST = DATA / "manifest.json"
+ADAPTER = TRAIN / "adapter.pth"
+MODEL = MERGED / "model.pth"
+
+NESTED = "RWKVFLOW_FLOW_RUN"
+"""Environment variable that the pipeline flow sets to its own id: the stage is nested in it."""
+
+Stage = Callable[[], None]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_EX_SOFTWARE = 70  # sysexits.h
+
+
+def main(stage: Stage) -> NoReturn:
+    """Run the stage, and exit.
+
+    The code is 0 when it is done, 1 for a problem that a person has to put right, 70 for any other failure, which may not be
+    there the next time (a device that broke down, a defect of ours), and 128 + n when signal n stopped it.
+    """
+    name = stage.__name__
+    _stop_with_parent()
+    try:
+        if NESTED not in os.environ and answers(os.environ.get("PREFECT_API_URL", "")):
+            _served(stage)
+        else:
+            stage()
+    except Problem as problem:
+        print(f"{name}: {problem}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as stop:
+        print(f"{name}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped before there was anything to save", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        explained = explain(error, Path(error.filename or OUTPUTS))
+        if explained is error:
+            _crash()
+        print(f"{name}: {explained}", file=sys.stderr)
+        sys.exit(1)
+    except Exception:
+        _crash()
+    sys.exit(0)
+
+
+def _crash() -> NoReturn:
+    traceback.print_exc()
+    sys.exit(_EX_SOFTWARE)
+
+
+def _served(stage: Stage) -> None:
+    from prefect import flow, task
+
+    @flow(name="stage", flow_run_name=stage.__name__, log_prints=True)
+    def stage_flow() -> None:
+        task(name=stage.__name__)(stage)()
+
+    stage_flow()
+
+
+def answers(url: str) -> bool:
+    """Whether a server says at `url`/health that it is well."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=1) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def _stop_with_parent() -> None:
+    """Be told to stop when dvc dies: a training process must not live on unseen and hold the card."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

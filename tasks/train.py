@@ -1,0 +1,139 @@
+"""train: an adapter is fitted to the training rows, beside a frozen base."""
+
+import csv
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_core import models
+from rwkv_core.adapters import attach, trained_state
+from rwkv_core.adapters.file import AdapterRecord, write
+from rwkv_core.data.binidx import Documents
+from rwkv_core.data.sampling import PackedRows
+from rwkv_core.files import sha256, whole_file, write_json
+from rwkv_core.training.callbacks import LAST
+from rwkv_core.training.fit import Result, fit
+from rwkv_core.training.module import History
+from tasks import stage, tracking
+from tasks.params import Params, load
+from tasks.record import FILE, RunRecord, main_root
+
+
+def train() -> None:
+    """Base and outputs/data -> outputs/train: adapter.pth, history.csv, valid.csv, metrics.json, run.json.
+
+    A run that was stopped or killed continues from its last checkpoint. One with other settings, data or base does not: the
+    folder of the checkpoint is named after all of them.
+    """
+    params = load()
+    manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
+    base_sha256 = sha256(params.model.base)
+    digest = run_digest(params, base_sha256)
+    folder = main_root(Path.cwd()) / tracking.RUNS / digest
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # an adapter leaves the base as it is, so bf16 training can hold it in bf16; the adapter itself is float32
+    dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
+    model = models.load(params.model.base, dtype=dtype, op=params.model.op)
+    adapted = attach(model, params.adapter, params.seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(
+        f"training {sum(p.numel() for p in trained)} parameters beside {len(adapted)} matrices of "
+        f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}, "
+        f"WKV by {model.wkv_implementation(params.train.ctx_len)}; run {digest}",
+        flush=True,
+    )
+    _record(params, digest, folder, base_sha256, model.config._asdict(), manifest)
+    with tracking.Live(folder, params.tracking) as live:
+        result = fit(
+            model,
+            [{"params": trained, "weight_decay": params.train.optimizer.weight_decay}],
+            PackedRows(Documents(stage.DATA / "train"), params.train.ctx_len, params.seed),
+            PackedRows(Documents(stage.DATA / "valid"), params.train.ctx_len, None),
+            params.train,
+            seed=params.seed,
+            folder=folder,
+            log=live.log,
+        )
+        write(
+            stage.ADAPTER,
+            trained_state(model),
+            AdapterRecord(
+                format=1,
+                adapter=params.adapter,
+                base_sha256=base_sha256,
+                data_sha256=manifest["source"]["sha256"],
+                vocabulary_sha256=manifest["vocabulary"]["sha256"],
+                run=digest,
+            ),
+        )
+        _write_table(stage.TRAIN / "history.csv", result.history["train"])
+        _write_table(stage.TRAIN / "valid.csv", result.history["valid"])
+        with whole_file(stage.TRAIN / "metrics.json") as temporary:
+            write_json(temporary, _metrics(result))
+    record = RunRecord.read(folder)
+    record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
+    tracking.publish(Path.cwd(), params.tracking)
+    (folder / LAST).unlink(missing_ok=True)  # last of all: killed before this, the stage has nothing to learn again
+    print(f"held-out loss {_metrics(result)['valid_loss']:.4f} after {result.steps} steps; run {record.id}")
+
+
+def run_digest(params: Params, base_sha256: str) -> str:
+    """Name of a run: everything that its result depends on. checkpoint_every is not among it."""
+    shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
+    del shaping["train"]["checkpoint_every"]
+    data = [sha256(stage.DATA / f"{side}.{part}") for side in ("train", "valid") for part in ("bin", "idx")]
+    text = json.dumps([shaping, params.model.op, base_sha256, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _record(
+    params: Params, digest: str, folder: Path, base_sha256: str, shape: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    """Leave the record of the run that is continued in `folder`, or of a new one."""
+    if (folder / LAST).exists() and (folder / FILE).exists():
+        return
+    record = RunRecord.fresh(
+        Path.cwd(),
+        digest=digest,
+        started=time.time(),
+        params=params.model_dump(mode="json"),
+        base={"path": str(params.model.base), "sha256": base_sha256, **shape},
+        data=manifest["source"] | {side: manifest[side]["tokens"] for side in ("train", "valid")},
+    )
+    record.write(folder)
+
+
+def _metrics(result: Result) -> dict[str, float]:
+    last, valid = result.history["train"][result.steps], result.history["valid"]
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "loss": last["loss"],
+        "valid_loss": valid[result.steps]["loss"],
+        "valid_loss_before": valid[0]["loss"],
+        "lr": last["lr"],
+        "grad_norm": last["grad_norm"],
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "peak_memory_mb": round(result.peak_memory_mb, 1),
+        "resumed_at": result.resumed_at,
+    }
+
+
+def _write_table(path: Path, history: History) -> None:
+    """One row a step, in order: the same run has the same bytes."""
+    rows = sorted(history.items())
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["step", *rows[0][1]])
+        table.writerows(
+            [step, *(x if isinstance(x, int) else format(x, ".9g") for x in row.values())] for step, row in rows
+        )
+
+
+if __name__ == "__main__":
+    stage.main(train)

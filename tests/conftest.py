@@ -1,0 +1,76 @@
+"""What all tests share: tests that need a GPU leave the collection where there is none; a small model, a small corpus.
+
+torch is imported where it is used, so that the tests of flows and tasks start without it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Stored numbers are written anew on request alone."""
+    parser.addoption("--update-golden", action="store_true", help="store the numbers of tests/golden anew")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect `gpu` tests where there is no GPU: a skip would have to be read each time, and says nothing new."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def random_model() -> Callable[..., Any]:
+    """Makes a small RWKV-7 whose every parameter is random: as initialized, several of its matrices are zero."""
+    import torch
+
+    from rwkv_core.checkpoint import Shape
+    from rwkv_core.models.rwkv7 import RWKV7
+
+    def make(
+        *, n_layer: int = 3, n_embd: int = 32, head_size: int = 8, vocab_size: int = 64, layer_0: bool = False,
+        seed: int = 0, op: str = "auto",
+    ) -> RWKV7:  # fmt: skip
+        shape = Shape(
+            "7", n_layer, n_embd, head_size, vocab_size, 4 * n_embd,
+            decay_rank=8, a_rank=6, v_rank=4, gate_rank=10, value_residual_in_layer_0=layer_0,
+        )  # fmt: skip
+        model = RWKV7(shape, op)
+        generator = torch.Generator().manual_seed(seed)
+        model.initialize(generator)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny(random_model: Callable[..., Any]) -> Any:
+    """A small RWKV-7 of 64 tokens."""
+    return random_model()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A small jsonl of questions and answers, four rows to a group."""
+    path = tmp_path / "corpus.jsonl"
+    rows = [
+        {
+            "text": f"User: How much is {i} and {i + 1}?\n\nAssistant: It is {2 * i + 1}." + " Really 真的." * (i % 5),
+            "topic": f"topic {i // 4}",
+        }
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,271 @@
+"""The contract of every adapter: a new one is added to EXAMPLES, and all of this holds for it."""
+
+import json
+import typing
+import zipfile
+
+import pytest
+import torch
+
+from rwkv_core import checkpoint, models
+from rwkv_core.adapters import attach, file, trained_state
+from rwkv_core.adapters.file import AdapterRecord
+from rwkv_core.config import AdapterConfig, LoraConfig
+from rwkv_core.errors import InputError
+from rwkv_core.files import sha256
+from rwkv_core.merge import merge
+
+EXAMPLES = [
+    LoraConfig(kind="lora", rank=3, alpha=7.5, dropout=0.0, targets=("att.receptance", "att.value", "ffn.*")),
+]
+every_adapter = pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.kind)
+
+
+def kinds():
+    """The members of the union of adapter configs, which is one class as long as there is one adapter."""
+    union = typing.get_args(AdapterConfig)
+    return set(typing.get_args(union[0]) or union[:1]) if union else {AdapterConfig}
+
+
+def test_every_adapter_has_an_example():
+    assert {type(config) for config in EXAMPLES} == kinds()
+
+
+@pytest.fixture
+def base(tiny, tmp_path):
+    path = tmp_path / "base.pth"
+    checkpoint.write(path, tiny.state_dict())
+    return path
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.eval()(tokens)[0]
+
+
+def train(model, tokens, steps=5):
+    """Enough for every part of the adapter to have moved."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        out, _ = model(tokens[:, :-1])
+        torch.nn.functional.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def record(base, config, **changes):
+    values = {"format": 1, "adapter": config, "base_sha256": sha256(base), "data_sha256": "d", "vocabulary_sha256": "v"}
+    return AdapterRecord(**(values | {"run": "r"} | changes))
+
+
+@every_adapter
+def test_a_new_adapter_changes_nothing(config, tiny, tokens):
+    before = logits(tiny, tokens)
+    assert attach(tiny, config, seed=0)
+    assert torch.equal(logits(tiny, tokens), before)
+
+
+@every_adapter
+def test_only_the_adapter_is_trained(config, tiny, tokens):
+    frozen = {name: x.clone() for name, x in tiny.state_dict().items()}
+    attach(tiny, config, seed=0)
+    before = {name: x.clone() for name, x in trained_state(tiny).items()}
+    assert before.keys() == tiny.state_dict().keys() - frozen.keys()
+    train(tiny, tokens)
+    after = tiny.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in frozen.items())
+    assert not any(torch.equal(after[name], x) for name, x in before.items())
+
+
+@every_adapter
+def test_its_initial_values_follow_the_seed(config, random_model):
+    def values(seed):
+        model = random_model()
+        attach(model, config, seed)
+        return trained_state(model)
+
+    one, same, other = values(1), values(1), values(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@every_adapter
+def test_merging_keeps_the_function(config, base, tokens, tmp_path):
+    model = models.load(base)
+    before = logits(model, tokens)
+    adapted = attach(model, config, seed=0)
+    train(model, tokens)
+    want = logits(model, tokens)
+    assert (want - before).abs().max() > 0.1
+    file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
+    receipt = merge(base, tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    merged = models.load(tmp_path / "merged.pth")
+    torch.testing.assert_close(logits(merged, tokens), want, rtol=1e-4, atol=1e-4)
+    assert receipt == {
+        "base": {"path": str(base), "sha256": sha256(base)},
+        "adapter": {
+            "path": str(tmp_path / "adapter.pth"), "sha256": sha256(tmp_path / "adapter.pth"), "kind": config.kind,
+            "run": "r",
+        },
+        "merged": {
+            "sha256": sha256(tmp_path / "merged.pth"), "bytes": (tmp_path / "merged.pth").stat().st_size,
+            "matrices_changed": len(adapted),
+        },
+    }  # fmt: skip
+
+
+@every_adapter
+def test_a_merged_file_is_like_its_base(config, base, tokens, tmp_path):
+    """A bfloat16 base: keys, order, shapes and precision are kept, and what was not adapted has the same bits."""
+    half = tmp_path / "half.pth"
+    checkpoint.write(half, checkpoint.read(base), "bf16")
+    model = models.load(half, dtype=torch.float32)
+    adapted = attach(model, config, seed=0)
+    train(model, tokens)
+    file.write(tmp_path / "adapter.pth", trained_state(model), record(half, config))
+    merge(half, tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    one, two = checkpoint.read(half), checkpoint.read(tmp_path / "merged.pth")
+    assert [(n, x.shape, x.dtype) for n, x in two.items()] == [(n, x.shape, x.dtype) for n, x in one.items()]
+    changed = [name for name in one if not torch.equal(one[name], two[name])]
+    assert changed == [f"{name}.weight" for name in adapted]
+    assert half.stat().st_size == (tmp_path / "merged.pth").stat().st_size
+
+
+@every_adapter
+def test_works_beside_a_base_in_bfloat16(config, base, tokens):
+    model = models.load(base, dtype=torch.bfloat16)
+    before = logits(model, tokens)
+    attach(model, config, seed=0)
+    assert torch.equal(logits(model, tokens), before)
+    assert {x.dtype for x in trained_state(model).values()} == {torch.float32}
+    train(model, tokens)
+    assert logits(model, tokens).dtype == torch.bfloat16
+
+
+@every_adapter
+@pytest.mark.parametrize("target", ["att.vlaue", "key", "att", "head", "blocks.0.att.key", "ffn.receptance"])
+def test_a_target_that_matches_nothing_is_refused(config, target, tiny):
+    config = config.model_copy(update={"targets": ("att.key", target)})
+    with pytest.raises(
+        InputError, match=rf"adapter.targets has '{target}': .*; there are att.key, att.output, att.rec"
+    ):
+        attach(tiny, config, seed=0)
+
+
+@every_adapter
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        (("att.key",), ["att.key"]),
+        (("att.*",), ["att.receptance", "att.key", "att.value", "att.output"]),
+        (("ffn.value", "att.o*"), ["att.output", "ffn.value"]),
+        (("*.value", "att.value"), ["att.value", "ffn.value"]),
+    ],
+)
+def test_targets(config, targets, chosen, tiny):
+    adapted = attach(tiny, config.model_copy(update={"targets": targets}), seed=0)
+    assert adapted == [f"blocks.{i}.{name}" for i in range(3) for name in chosen]
+    assert {name.rsplit(".", 1)[0] for name in trained_state(tiny)} == set(adapted)
+
+
+@every_adapter
+def test_file_round_trip(config, base, tiny, tokens, tmp_path):
+    attach(tiny, config, seed=0)
+    train(tiny, tokens)
+    wanted, about = trained_state(tiny), record(base, config)
+    file.write(tmp_path / "adapter.pth", wanted, about)
+    tensors, read = file.read(tmp_path / "adapter.pth")
+    assert read == about
+    assert list(tensors) == list(wanted)
+    assert all(torch.equal(tensors[name], x) for name, x in wanted.items())
+    file.write(tmp_path / "again.pth", {name: x.clone() for name, x in wanted.items()}, about)
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "adapter.pth").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.pth", "again.pth", "base.pth"]
+
+
+def test_other_tools_see_their_own_keys_alone(base, tiny, tmp_path):
+    """RWKV-PEFT's merge copies every key that it does not know into the model."""
+    [config] = [c for c in EXAMPLES if c.kind == "lora"]
+    adapted = attach(tiny, config, seed=0)
+    file.write(tmp_path / "adapter.pth", trained_state(tiny), record(base, config))
+    seen = torch.load(tmp_path / "adapter.pth", weights_only=True)
+    assert list(seen) == [f"{name}.{part}" for name in adapted for part in ("lora_A", "lora_B")]
+    for name in adapted:
+        rows, columns = tiny.state_dict()[f"{name}.weight"].shape
+        assert seen[f"{name}.lora_A"].shape == (3, columns)
+        assert seen[f"{name}.lora_B"].shape == (rows, 3)
+    with zipfile.ZipFile(tmp_path / "adapter.pth") as archive:
+        assert archive.testzip() is None
+
+
+@pytest.fixture
+def adapter(base, tiny, tokens, tmp_path):
+    attach(tiny, EXAMPLES[0], seed=0)
+    train(tiny, tokens)
+    file.write(tmp_path / "adapter.pth", trained_state(tiny), record(base, EXAMPLES[0]))
+    return tmp_path / "adapter.pth"
+
+
+def refuse_merge(base, adapter, message):
+    out = adapter.with_name("merged.pth")
+    with pytest.raises(InputError, match=message):
+        merge(base, adapter, out)
+    assert not out.exists()
+
+
+def test_merge_refuses_another_base(base, adapter, random_model, tmp_path):
+    other = tmp_path / "other.pth"
+    checkpoint.write(other, random_model(seed=1).state_dict())
+    refuse_merge(
+        other, adapter, rf"other.pth \(sha256 {sha256(other)[:12]}.*trained on another base .*{sha256(base)[:12]}"
+    )
+
+
+def test_merge_refuses_an_adapter_without_a_record(base, adapter, tmp_path):
+    torch.save(torch.load(adapter), tmp_path / "plain.pth")
+    refuse_merge(base, tmp_path / "plain.pth", "plain.pth: has no record of its base and settings")
+    torch.save(torch.load(adapter), tmp_path / "older.pth", _use_new_zipfile_serialization=False)
+    refuse_merge(base, tmp_path / "older.pth", "older.pth: has no record of its base and settings")
+
+
+def test_merge_refuses_an_adapter_cut_short(base, adapter, tmp_path):
+    data = adapter.read_bytes()
+    for length in {*range(0, len(data), len(data) // 30), len(data) - 1, len(data) - 30}:
+        (tmp_path / "short.pth").write_bytes(data[:length])
+        refuse_merge(base, tmp_path / "short.pth", "cut short or no .pth")
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"adapter": {"kind": "other"}}, {"base_sha256": None}, {"more": 1}])
+def test_merge_refuses_a_record_of_another_version(change, base, adapter, tmp_path):
+    [entry] = [name for name in zipfile.ZipFile(adapter).namelist() if name.endswith("rwkv-flow.json")]
+    values = json.loads(zipfile.ZipFile(adapter).read(entry)) | change
+    torch.save(torch.load(adapter), tmp_path / "archive.pth")  # its tensors lie in a folder of the file's name
+    with zipfile.ZipFile(tmp_path / "archive.pth", "a") as archive:
+        archive.writestr(entry, json.dumps(values))
+    refuse_merge(base, tmp_path / "archive.pth", "is of another version .*; train the adapter anew")
+
+
+def test_merge_refuses_an_adapter_of_more_layers(base, tokens, random_model, tmp_path):
+    model = random_model(n_layer=4)
+    attach(model, EXAMPLES[0], seed=0)
+    file.write(tmp_path / "adapter.pth", trained_state(model), record(base, EXAMPLES[0]))
+    refuse_merge(base, tmp_path / "adapter.pth", "blocks.3.att.receptance: does not fit the base")
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("damage", ["missing", "misshapen"])
+def test_merge_refuses_an_adapter_with_a_part_that_does_not_fit(part, damage, base, adapter):
+    tensors, its_record = file.read(adapter)
+    name = next(name for name in tensors if name.endswith(part))
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][1:, 1:]
+    file.write(adapter, tensors, its_record)
+    refuse_merge(base, adapter, "does not fit the base's matrix of that name; train the adapter anew")

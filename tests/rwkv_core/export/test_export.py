@@ -1,0 +1,162 @@
+import json
+import struct
+
+import pytest
+import torch
+
+from rwkv_core import checkpoint, models
+from rwkv_core.errors import InputError
+from rwkv_core.export import export, web_rwkv
+from rwkv_core.files import sha256
+
+
+@pytest.fixture
+def model(random_model, tmp_path):
+    path = tmp_path / "model.pth"
+    checkpoint.write(path, random_model(layer_0=True).state_dict(), "bf16")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def read_safetensors(path):
+    """By the format's definition: a length, a header in JSON, the bytes."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    tensors = {}
+    for name, entry in header.items():
+        assert entry["dtype"] == "F16", name
+        start, end = entry["data_offsets"]
+        values = struct.unpack(f"<{(end - start) // 2}e", data[8 + length + start : 8 + length + end])
+        tensors[name] = torch.tensor(values, dtype=torch.float16).view(entry["shape"])
+    return tensors, metadata
+
+
+def test_st_is_laid_out_as_its_clients_read_it(model, out):
+    """All float16, names in lower case, the pairs of low rank turned around."""
+    report = export(model, out, ("st",), "as_loaded")
+    tensors, metadata = read_safetensors(out / "model.st")
+    source = checkpoint.read(model)
+    assert metadata == {"format": "pt"}
+    assert tensors.keys() == source.keys()
+    turned = {"w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"}
+    assert {name.split(".")[-1] for name, x in tensors.items() if x.shape != source[name].shape} == turned
+    for name, x in source.items():
+        want = x.to(torch.float16)
+        assert torch.equal(tensors[name], want.T if name.split(".")[-1] in turned else want), name
+    # what the clients derive the ranks from
+    assert [tensors[f"blocks.1.att.{name}1"].shape[0] for name in "wavg"] == [8, 6, 4, 10]
+    assert report["formats"]["st"]["file"] == "model.st"
+
+
+def test_st_renames_to_lower_case(tmp_path):
+    web_rwkv.write(tmp_path / "x.st", {"Blocks.0.att.LN_X.weight": torch.ones(2)})
+    assert list(web_rwkv.read(tmp_path / "x.st")) == ["blocks.0.att.ln_x.weight"]
+
+
+def test_st_of_a_state_is_turned_around(tmp_path):
+    state = torch.randn(2, 4, 4)
+    web_rwkv.write(tmp_path / "x.st", {"blocks.0.att.time_state": state})
+    assert torch.equal(read_safetensors(tmp_path / "x.st")[0]["blocks.0.att.time_state"], state.half().mT)
+    assert torch.equal(web_rwkv.read(tmp_path / "x.st")["blocks.0.att.time_state"], state.half())
+
+
+def test_st_and_its_inverse(model, tmp_path):
+    source = checkpoint.read(model)
+    web_rwkv.write(tmp_path / "x.st", source)
+    back = web_rwkv.read(tmp_path / "x.st")
+    assert back.keys() == source.keys()
+    assert all(torch.equal(back[name], x.half()) for name, x in source.items())
+    assert all(x.is_contiguous() for x in back.values())
+
+
+def test_same_model_same_bytes(model, out, tmp_path):
+    (tmp_path / "again").mkdir()
+    one = export(model, out, ("st", "pth"), "fp16")
+    assert export(model, tmp_path / "again", ("st", "pth"), "fp16") == one
+
+
+@pytest.mark.parametrize("value", [65505.0, -7e4, float("inf"), float("nan")])
+@pytest.mark.parametrize(("formats", "dtype"), [(("st",), "as_loaded"), (("pth",), "fp16")], ids=["st", "pth in fp16"])
+def test_what_float16_cannot_hold_is_refused(formats, dtype, value, model, out, tmp_path):
+    tensors = {name: x.float() for name, x in checkpoint.read(model).items()}
+    tensors["blocks.1.ffn.key.weight"][3, 4] = value
+    checkpoint.write(tmp_path / "large.pth", tensors)
+    rule = "float16 ends at 65504; export pth in bf16 or fp32" if abs(value) < 1e9 else "all must be finite; this model"
+    with pytest.raises(InputError, match=rf"blocks\.1\.ffn\.key\.weight has a value of .*: {rule}") as caught:
+        export(tmp_path / "large.pth", out, formats, dtype)
+    assert all((caught.value.value, caught.value.rule, caught.value.remedy))
+    assert list(out.iterdir()) == []
+
+
+def test_a_model_with_nan_is_refused(model, out, tmp_path):
+    tensors = dict(checkpoint.read(model))
+    tensors["ln_out.weight"] = torch.full((32,), float("nan"))
+    checkpoint.write(tmp_path / "nan.pth", tensors)
+    with pytest.raises(InputError, match=r"ln_out\.weight has a value of nan"):
+        export(tmp_path / "nan.pth", out, ("pth",), "as_loaded")
+
+
+def test_the_largest_float16_is_kept(model, out, tmp_path):
+    tensors = dict(checkpoint.read(model)) | {"ln_out.weight": torch.full((32,), 65504.0)}
+    checkpoint.write(tmp_path / "large.pth", tensors)
+    export(tmp_path / "large.pth", out, ("st", "pth"), "fp16")
+    assert (web_rwkv.read(out / "model.st")["ln_out.weight"] == 65504).all()
+
+
+@pytest.mark.parametrize("dtype", ["as_loaded", "bf16", "fp16", "fp32"])
+def test_pth_in_every_precision(dtype, model, out):
+    receipt = export(model, out, ("pth",), dtype)
+    assert receipt["merged"] == {"sha256": sha256(model)}
+    report = receipt["formats"]["pth"]
+    source, back = checkpoint.read(model), checkpoint.read(out / "model.pth")
+    wanted = checkpoint.DTYPES.get(dtype, torch.bfloat16)
+    assert [(n, x.shape, x.dtype) for n, x in back.items()] == [(n, x.shape, wanted) for n, x in source.items()]
+    assert all(torch.equal(x.to(wanted), back[name]) for name, x in source.items())
+    assert models.load(out / "model.pth").config == models.load(model).config
+    assert report == {
+        "file": "model.pth", "sha256": sha256(out / "model.pth"), "bytes": (out / "model.pth").stat().st_size,
+        "tensors": len(source), "parameters": sum(x.numel() for x in source.values()),
+        "largest_rounding": max(float((x.float() - back[n].float()).abs().max()) for n, x in source.items()),
+        "flushed_to_zero": sum(int(((x != 0) & (back[n] == 0)).sum()) for n, x in source.items()),
+    }  # fmt: skip
+
+
+def test_what_vanishes_is_counted(model, out, tmp_path):
+    tensors = {name: x.float() for name, x in checkpoint.read(model).items()}
+    tensors["ln_out.weight"][:5] = 1e-9
+    checkpoint.write(tmp_path / "small.pth", tensors)
+    report = export(tmp_path / "small.pth", out, ("st", "pth"), "fp32")["formats"]
+    before = sum(int(((x != 0) & (x.half() == 0)).sum()) for x in tensors.values())
+    assert report["st"]["flushed_to_zero"] == before >= 5
+    assert report["pth"]["flushed_to_zero"] == 0
+    assert report["pth"]["largest_rounding"] == 0
+
+
+def test_a_damaged_conversion_is_found(model, out, monkeypatch):
+    """The file is read back, not trusted."""
+    whole = web_rwkv.read
+
+    def damaged(change):
+        def read(path):
+            tensors = whole(path)
+            change(tensors)
+            return tensors
+
+        return read
+
+    for change in (
+        lambda t: t.pop("ln_out.bias"),
+        lambda t: t["ln_out.bias"].mul_(1.01),
+        lambda t: t.update({"ln_out.bias": t["ln_out.bias"][:3]}),
+    ):
+        monkeypatch.setattr(web_rwkv, "read", damaged(change))
+        with pytest.raises(Exception, match="report this as a defect"):
+            export(model, out, ("st",), "as_loaded")

@@ -1,0 +1,154 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_core.data.binidx import Documents, Writer
+from rwkv_core.evaluate import FEWEST, Scores, compare, held_out_prompts, score
+from rwkv_core.models.rwkv7 import BlockState
+from rwkv_core.tokenizer import Tokenizer, world
+
+TABLE = [b"", *(bytes([96 + i % 26 + 1]) * (1 + i % 3) for i in range(63))]
+LETTERS = Tokenizer(TABLE, lambda text: [])
+
+
+@pytest.fixture
+def documents(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    writer = Writer(tmp_path / "valid")
+    for size in (1, 40, 3, 17, 16, 33, 2, 8):
+        writer.add([*torch.randint(1, 64, (size,), generator=generator).tolist(), 0])
+    writer.close()
+    return Documents(tmp_path / "valid")
+
+
+def test_score_is_that_of_one_token_after_the_other(tiny, documents):
+    """In float64, without batches, slices, or the fused loss."""
+    scores = score(tiny.eval(), documents, LETTERS, ctx_len=7, batch=3)
+    exact = tiny.double()
+    for i in range(len(documents)):
+        state = [BlockState(*(x.double() for x in block)) for block in exact.initial_state(1)]
+        previous, nats = 0, 0.0
+        for token in documents[i].tolist():
+            with torch.no_grad():
+                logits, state = exact(torch.tensor([[previous]]), state)
+            nats -= torch.log_softmax(logits[0, 0], 0)[token].item()
+            previous = token
+        assert scores.nats[i] == pytest.approx(nats, rel=1e-5)
+        assert scores.tokens[i] == len(documents[i])
+        assert scores.bytes[i] == sum(len(TABLE[token]) for token in documents[i].tolist())
+
+
+@pytest.mark.parametrize(("ctx_len", "batch"), [(1, 1), (5, 8), (16, 2), (1000, 3), (1000, 100)])
+def test_score_does_not_depend_on_how_it_is_cut(ctx_len, batch, tiny, documents):
+    tiny.eval()
+    one = score(tiny, documents, LETTERS, ctx_len=8, batch=4)
+    other = score(tiny, documents, LETTERS, ctx_len=ctx_len, batch=batch)
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_score_says_how_far_it_is(tiny, documents):
+    said = []
+    score(tiny.eval(), documents, LETTERS, ctx_len=8, batch=3, progress=lambda *done: said.append(done))
+    assert said == [(3, 8), (6, 8), (8, 8)]
+
+
+def test_bits_per_byte_by_hand():
+    scores = Scores(np.array([4.0, 2.0]), np.array([2.0, 1.0]), np.array([3.0, 5.0]))
+    summary = scores.summary()
+    assert summary["loss"] == 2.0
+    assert summary["perplexity"] == pytest.approx(math.e**2)
+    assert summary["bits_per_byte"] == pytest.approx(6 / math.log(2) / 8)
+
+
+def test_a_hopeless_model_has_a_perplexity():
+    assert math.isfinite(Scores(np.array([1e6]), np.array([1.0]), np.array([1.0])).summary()["perplexity"])
+
+
+def scores(losses, tokens):
+    return Scores(losses * tokens, tokens, 4 * tokens)
+
+
+@pytest.fixture
+def some():
+    rng = np.random.default_rng(0)
+    return rng.normal(3, 1, 60).clip(0.5), rng.integers(5, 200, 60).astype(float)
+
+
+def judge(base, tuned, **changes):
+    return compare(base, tuned, **({"resamples": 500, "confidence": 0.95, "seed": 1} | changes))
+
+
+def test_the_same_model_is_not_better(some):
+    one = scores(*some)
+    result = judge(one, one)
+    assert result["better"] == 0
+    assert result["base"] == result["tuned"] == one.summary()
+    assert result["change"] == {m: {"value": 0, "low": 0, "high": 0} for m in ("loss", "perplexity", "bits_per_byte")}
+    assert (result["documents"], result["tokens"], result["confidence"]) == (60, int(some[1].sum()), 0.95)
+
+
+def test_a_handful_of_documents_gives_no_verdict(some):
+    losses, tokens = (x[: FEWEST - 1] for x in some)
+    result = judge(scores(losses, tokens), scores(0.5 * losses, tokens))
+    assert result["change"]["loss"]["high"] < 0
+    assert result["better"] == 0
+
+
+@pytest.mark.parametrize(("factor", "better"), [(0.95, 1), (1.05, -1)])
+def test_a_uniform_change_is_seen(factor, better, some):
+    losses, tokens = some
+    result = judge(scores(losses, tokens), scores(factor * losses, tokens))
+    assert result["better"] == better
+    for change in result["change"].values():
+        assert change["low"] <= change["value"] <= change["high"]
+        assert change["high"] * better < 0
+        assert change["low"] * better < 0
+    mean = (losses * tokens).sum() / tokens.sum()
+    assert result["change"]["loss"]["value"] == pytest.approx((factor - 1) * mean)
+
+
+def test_documents_of_their_own_difficulty_do_not_hide_a_change(some):
+    """Drawn separately, losses that differ by 1 between documents would drown a change of 0.02; drawn in pairs, not."""
+    losses, tokens = some
+    noise = np.random.default_rng(1).normal(0, 0.02, 60)
+    assert judge(scores(losses, tokens), scores(losses - 0.02 + noise, tokens))["better"] == 1
+
+
+def test_the_interval_follows_the_seed_and_the_confidence(some):
+    losses, tokens = some
+    base, tuned = scores(losses, tokens), scores(losses + np.random.default_rng(1).normal(0, 0.3, 60), tokens)
+    assert judge(base, tuned) == judge(base, tuned)
+    assert judge(base, tuned, seed=2)["change"] != judge(base, tuned)["change"]
+    wide, narrow = (judge(base, tuned, confidence=c)["change"]["loss"] for c in (0.99, 0.6))
+    assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
+
+
+def test_the_interval_covers():
+    """The true change, 0, lies in about nine of ten 90 % intervals."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        tokens = rng.integers(20, 100, 40).astype(float)
+        losses = rng.normal(3, 1, 40).clip(0.5)
+        tuned = scores(losses + rng.normal(0, 0.2, 40), tokens)
+        inside += judge(scores(losses, tokens), tuned, resamples=100, confidence=0.9)["better"] == 0
+    assert 165 <= inside <= 195
+
+
+def test_held_out_prompts(tmp_path):
+    writer = Writer(tmp_path / "valid")
+    for i in range(20):
+        text = f"User: {i}?\n\nAssistant: {i}.\n\nUser: again\n\nAssistant: no" if i % 2 else f"prose {i}"
+        writer.add([*world().encode(text), 0])
+    writer.close()
+    documents = Documents(tmp_path / "valid")
+    prompts = [f"User: {i}?\n\nAssistant:" for i in range(1, 20, 2)]
+    assert held_out_prompts(documents, world(), 10) == prompts
+    assert held_out_prompts(documents, world(), 99) == prompts
+    assert held_out_prompts(documents, world(), 5) == prompts[::2]
+    assert held_out_prompts(documents, world(), 0) == []
+    assert held_out_prompts(documents, world(), 3, marker="prose") == ["prose"] * 3
+    assert held_out_prompts(documents, world(), 3, marker="nowhere") == []

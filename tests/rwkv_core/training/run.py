@@ -1,0 +1,80 @@
+"""One training run in a process of its own, which can be told to meet with an accident. Started by test_resume.py.
+
+Reads <folder>/base.pth and <folder>/data, keeps <folder>/run/last.ckpt, leaves <folder>/adapter.pth and history.json.
+`accident` is {"at": what, "count": how often it has happened, "signals": numbers to send oneself, "space": bytes left}.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from rwkv_core import models
+from rwkv_core.adapters import attach, trained_state
+from rwkv_core.config import LoraConfig, TrainConfig
+from rwkv_core.data.binidx import Documents
+from rwkv_core.data.sampling import PackedRows
+from rwkv_core.errors import Interrupted, WorldError
+from rwkv_core.training.fit import fit
+
+folder, settings, accident = (globals()[name] for name in ("folder", "settings", "accident"))
+
+torch.set_num_threads(1)
+seen = {"forward": 0, "save": 0, "end": 0}
+
+
+def limit(space: int) -> None:
+    """Files end at this many bytes: what goes beyond meets EFBIG, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (space, resource.RLIM_INFINITY))
+
+
+def happens(what: str) -> None:
+    seen[what] += 1
+    if accident.get("at") == what and seen[what] in accident["count"]:
+        if "space" in accident:
+            limit(accident["space"])
+        for number in accident.get("signals", ()):
+            os.kill(os.getpid(), number)
+
+
+def save(trainer: pl.Trainer, path: Path, *args: object) -> None:
+    """Lightning's, with time for an accident when half the file is written."""
+    whole(trainer, path, *args)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    happens("save")
+    path.write_bytes(data)
+
+
+if accident.get("at") == "save":
+    whole, pl.Trainer.save_checkpoint = pl.Trainer.save_checkpoint, save
+
+config = TrainConfig(**settings)
+model = models.load(folder / "base.pth")
+lora = LoraConfig(kind="lora", rank=2, alpha=4, dropout=0.2, targets=("att.receptance", "ffn.key"))
+attach(model, lora, seed=3)
+model.ln_out.register_forward_hook(lambda *_: happens("forward") if model.training else None)
+(folder / "run").mkdir(exist_ok=True)
+try:
+    result = fit(
+        model,
+        [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.01}],
+        PackedRows(Documents(folder / "data/train"), config.ctx_len, 5),
+        PackedRows(Documents(folder / "data/valid"), config.ctx_len, None),
+        config,
+        seed=11,
+        folder=folder / "run",
+        log=lambda step, metrics: None,
+    )
+except (Interrupted, WorldError) as error:
+    limit(resource.RLIM_INFINITY)
+    (folder / "message").write_text(f"{type(error).__name__}: {error}")
+    sys.exit(3)
+happens("end")
+torch.save(trained_state(model), folder / "adapter.pth")
+(folder / "history.json").write_text(json.dumps([result.history, result.steps, result.tokens]))
+(folder / "resumed_at").write_text(str(result.resumed_at))

@@ -1,0 +1,117 @@
+import pytest
+from project import ROOT
+from pydantic import BaseModel
+
+from rwkv_core.errors import InputError
+from tasks.params import Params, load
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """The repository's params.yaml with some text replaced, as a path."""
+
+    def edit(*replacements):
+        text = (ROOT / "params.yaml").read_text()
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new, 1)
+        path = tmp_path / "params.yaml"
+        path.write_text(text)
+        return path
+
+    return edit
+
+
+def message(path):
+    with pytest.raises(InputError) as caught:
+        load(path)
+    return str(caught.value)
+
+
+def test_the_repository_s_own_file_is_valid():
+    assert load(ROOT / "params.yaml").adapter.kind == "lora"
+
+
+def test_every_mistake_is_reported_at_once(edited):
+    text = message(
+        edited(
+            ("rank: 16", "rnak: 16"),
+            ("fraction: 0.1", "fraction: 1.5"),
+            ("lr: 0.002", "lr: fast"),
+            ("seed: 42", "seed: -1"),
+        )
+    )
+    assert "5 mistakes" in text
+    assert "adapter.rnak = 16: there is no such setting; did you mean adapter.rank?" in text
+    assert "adapter.rank: is missing; add it (Rank of the update B A.)" in text
+    assert "data.holdout.fraction = 1.5: should be less than 1" in text
+    assert "train.optimizer.lr = 'fast': should be a valid number" in text
+    assert "seed = -1: should be greater than or equal to 0" in text
+
+
+def test_each_mistake_has_value_rule_and_remedy(edited):
+    lines = message(edited(("kind: lora", "kind: lroa"), ("schedule: cosine", "schedule: cos"))).splitlines()[1:]
+    assert len(lines) == 2
+    for line in lines:
+        value, _, rest = line.strip().partition(": ")
+        rule, _, remedy = rest.partition("; ")
+        assert value
+        assert rule
+        assert remedy
+
+
+def test_a_name_unlike_any_lists_what_there_is(edited):
+    assert "the names here are source, holdout" in message(edited(("  holdout:", "  zzz: 1\n  holdout:")))
+
+
+@pytest.mark.parametrize("section", ["data", "adapter", "train", "evaluate", "export", "tracking", "model"])
+def test_a_missing_section_is_named(edited, section):
+    text = (ROOT / "params.yaml").read_text()
+    start = text.index(f"\n{section}:")
+    end = text.find("\n\n", start + 1)
+    path = edited()
+    path.write_text(text[:start] + (text[end:] if end > 0 else ""))
+    assert f"{section}: is missing" in message(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("schedule: cosine", "schedule: constant", "lr_final"),
+        ("betas: [0.9, 0.99]", "betas: [0.9, 1.0]", "betas"),
+        ("ctx_len: 256", "ctx_len: 1", "ctx_len"),
+        ("formats: [pth, st]", "formats: []", "formats"),
+        ("formats: [pth, st]", "formats: [pth, pth]", "formats"),
+        ("lr_final: 0.0002", "lr_final: 0.02", "lr_final"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(edited, old, new, found):
+    assert found in message(edited((old, new)))
+
+
+def test_yaml_that_does_not_parse_names_the_place(edited):
+    text = message(edited(("seed: 42", "seed: [42")))
+    assert "is not YAML" in text
+    assert "line" in text
+
+
+def test_a_key_given_twice_is_refused(edited):
+    assert "seed" in message(edited(("seed: 42", "seed: 42\nseed: 43")))
+
+
+def test_an_empty_or_absent_file_is_an_error(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    assert "seed: is missing" in message(tmp_path / "empty.yaml")
+    assert "run this in the repository's root" in message(tmp_path / "none.yaml")
+
+
+def test_every_setting_says_what_it_means():
+    def fields(model):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from ((f"{name}.{inner}", f) for inner, f in fields(field.annotation))
+            else:
+                yield name, field
+
+    silent = [name for name, field in fields(Params) if not field.description and name.split(".")[-1] != "kind"]
+    assert not silent

@@ -1,0 +1,67 @@
+"""How a stage ends: its exit code and its last words."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+from project import ROOT
+
+STAGE = """
+import errno, os, signal
+from rwkv_core.errors import InputError, Interrupted
+from tasks import stage
+
+def work():
+    {body}
+
+stage.main(work)
+"""
+
+
+def end(body, **variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")} | variables
+    return subprocess.run(
+        [sys.executable, "-c", STAGE.format(body=body)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("print('done')", 0, ""),
+        ("raise InputError('7', 'must be even', 'give 8')", 1, "work: 7: must be even; give 8"),
+        ("raise Interrupted(signal.SIGTERM, 'saved')", 143, "work: saved"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "work: stopped before there was anything to save"),
+        ("raise OSError(errno.ENOSPC, 'No space', 'outputs/x')", 1, "free some space and run again"),
+        ("open('/nowhere/at/all')", 1, "/nowhere/at/all: the file must be there"),
+        ("raise OSError(errno.EIO, 'broken disk')", 70, "broken disk"),
+        ("raise ZeroDivisionError('a defect')", 70, "ZeroDivisionError: a defect"),
+    ],
+)
+def test_exit_codes_and_last_words(body, code, said):
+    ended = end(body)
+    assert ended.returncode == code, ended.stderr
+    assert said in ended.stderr
+    assert ("Traceback" in ended.stderr) == (code == 70)
+
+
+def test_it_is_told_to_stop_when_its_parent_dies():
+    waits = STAGE.format(body="print('ready'); import time; time.sleep(60)")
+    parent = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-u', '-c', {waits!r}], stdout=subprocess.PIPE, text=True)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(30)  # raises TimeoutExpired if it lives on
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "nonsense", ""])
+def test_without_a_server_that_answers_the_function_just_runs(url):
+    ended = end("import sys; print('prefect' in sys.modules)", PREFECT_API_URL=url)
+    assert ended.stdout.strip() == "False"

@@ -1,0 +1,260 @@
+"""Each stage alone, as dvc.yaml calls it: what it writes, and what it says when it can't."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from project import make, write_base
+
+from rwkv_core import checkpoint
+from rwkv_core.adapters import file as adapter_file
+from rwkv_core.data.binidx import Documents
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A project in which every stage has run, in order."""
+    project = make(tmp_path_factory.mktemp("done"))
+    project.said = {name: project.stage(name).stdout for name in ("prepare", "train", "merge", "evaluate", "export")}
+    return project
+
+
+@pytest.fixture
+def fresh(done, tmp_path):
+    """A copy of it that a test may damage."""
+    copy = make(tmp_path / "copy")
+    shutil.copytree(done.root / "outputs", copy.root / "outputs")
+    return copy
+
+
+def files(project):
+    return {
+        str(p.relative_to(project.root)): p.read_bytes() for p in (project.root / "outputs").rglob("*") if p.is_file()
+    }
+
+
+def test_prepare_accounts_for_every_row(done):
+    manifest = done.json("outputs/data/manifest.json")
+    assert manifest["train"]["documents"] + manifest["valid"]["documents"] == manifest["source"]["rows"] == 60
+    for side in ("train", "valid"):
+        documents = Documents(done.root / "outputs/data" / side)
+        assert (len(documents), documents.tokens) == (manifest[side]["documents"], manifest[side]["tokens"])
+        assert all(documents[i][-1] == 0 for i in range(len(documents)))
+
+
+def test_train_writes_an_adapter_and_its_history(done):
+    tensors, record = adapter_file.read(done.root / "outputs/train/adapter.pth")
+    assert len(tensors) == 2 * 2 * 6  # A and B, two layers, six matrices
+    assert record.base_sha256 == done.json("outputs/merged/receipt.json")["base"]["sha256"]
+    metrics = done.json("outputs/train/metrics.json")
+    assert metrics["valid_loss"] < metrics["valid_loss_before"]
+    rows = (done.root / "outputs/train/history.csv").read_text().splitlines()
+    assert rows[0] == "step,tokens,loss,lr,grad_norm"
+    assert len(rows) == 1 + metrics["steps"]
+    assert "tok/s" in done.said["train"]
+    assert "left" in done.said["train"]
+    assert "WKV by torch" in done.said["train"]
+    assert not list((done.root / ".rwkvflow").rglob("last.ckpt"))  # a finished run has nothing to continue
+
+
+def test_merge_changes_the_adapted_matrices_and_nothing_else(done):
+    base, merged = (checkpoint.read(done.root / p) for p in ("mine/base.pth", "outputs/merged/model.pth"))
+    assert list(base) == list(merged)
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    tensors, _ = adapter_file.read(done.root / "outputs/train/adapter.pth")
+    assert changed == {name.rsplit(".", 1)[0] + ".weight" for name in tensors}
+    assert all(base[name].dtype == merged[name].dtype for name in base)
+
+
+def test_evaluate_compares_and_reports(done):
+    metrics = done.json("outputs/evaluate/metrics.json")
+    assert metrics["better"] == 1
+    assert metrics["change"]["loss"]["low"] < metrics["change"]["loss"]["value"] < metrics["change"]["loss"]["high"] < 0
+    page = (done.root / "outputs/evaluate/report.html").read_text()
+    assert "better than" in page
+    assert page.count("<svg") == 2
+    assert "http" not in page.replace("http://www.w3.org/", "")
+    assert len(done.json("outputs/evaluate/samples.json")) == 1
+
+
+def test_export_writes_what_it_checked(done):
+    report = done.json("outputs/export/conformance.json")["formats"]
+    assert set(report) == {"pth", "st"}
+    merged, exported = (checkpoint.read(done.root / f"outputs/{p}/model.pth") for p in ("merged", "export"))
+    assert all(torch.equal(merged[name], exported[name]) for name in merged)
+
+
+@pytest.mark.slow
+def test_the_same_inputs_make_the_same_bytes(done, fresh):
+    for name in ("prepare", "train", "merge", "evaluate", "export"):
+        fresh.stage(name)
+    before, after = files(done), files(fresh)
+    varying = {"outputs/train/run.json", "outputs/train/metrics.json"}  # times and speeds
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name] and name not in varying] == []
+
+
+GARBAGE = "mine/other.pth"
+
+
+def truncate(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def bad_inputs():
+    def source(text):
+        return lambda p: (p.root / "mine/corpus.jsonl").write_bytes(text)
+
+    def base(damage):
+        return lambda p: damage(p.root / "mine/base.pth")
+
+    def setting(**values):
+        return lambda p: p.set(**values)
+
+    yield "prepare", lambda p: (p.root / "mine/corpus.jsonl").unlink(), ["mine/corpus.jsonl", "correct data.source"]
+    yield "prepare", source(b""), ["0 rows", "give it rows"]
+    yield "prepare", source(b'{"text": "a"}\n{"text": "b" "c"}\n'), ["corpus.jsonl:2:14", "is not JSON"]
+    yield "prepare", source(b'{"text": "a"}\n{"txt": "b"}\n'), ["corpus.jsonl:2", "'txt'", '"text"']
+    yield "prepare", source('{"text": "é'.encode() + b"\xff" + b'"}\n'), ["corpus.jsonl:1:12", "0xff", "UTF-8"]
+    yield "prepare", setting(data__holdout__fraction=2.0), ["data.holdout.fraction = 2.0", "less than 1"]
+    yield "prepare", setting(data__holdout__fraction=1e-9), ["none of them on the valid side", "data.holdout.fraction"]
+    yield "train", base(lambda f: truncate(f, 0.5)), ["base.pth", "cut short"]
+    yield "train", base(lambda f: f.write_bytes(b"not a model")), ["base.pth", "cut short or no .pth"]
+    yield "train", base(lambda f: torch.save({"weight": torch.zeros(2)}, f)), ["base.pth", "no RWKV names"]
+    yield "train", base(lambda f: torch.save({"a": Malicious()}, f)), ["system", "must not run code", "do not trust"]
+    yield "train", base(lambda f: f.unlink()), ["base.pth", "must be there", "correct the path"]
+    yield "train", setting(adapter__targets=["att.kye"]), ["att.kye", "att.key"]
+    yield "train", setting(train__optimizer__warmup_steps=10_000), ["warmup_steps = 10000", "optimizer steps"]
+    yield (
+        "merge",
+        base(lambda f: write_base(f, seed=1)),
+        ["base.pth", "was trained on another base", "merge it into that one"],
+    )
+    yield "merge", lambda p: truncate(p.root / "outputs/train/adapter.pth", 0.7), ["adapter.pth", "cut short"]
+    yield "evaluate", lambda p: truncate(p.root / "outputs/merged/model.pth", 0.7), ["model.pth", "cut short"]
+    yield "evaluate", lambda p: truncate(p.root / "outputs/data/valid.bin", 0.5), ["valid.bin", "its index says"]
+    yield "export", setting(export__formats=["gguf"]), ["gguf", "'pth' or 'st'"]
+
+
+@pytest.mark.parametrize(("stage", "damage", "said"), list(bad_inputs()), ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_input_is_one_message_exit_code_1_and_nothing_lost(fresh, stage, damage, said):
+    damage(fresh)
+    before = files(fresh)
+    failed = fresh.stage(stage, check=False)
+    assert failed.returncode == 1, failed.stdout
+    assert "Traceback" not in failed.stdout
+    assert [words for words in said if words not in failed.stdout] == [], failed.stdout
+    last = failed.stdout.strip().splitlines()[-1]
+    assert "; " in failed.stdout, last
+    assert files(fresh) == before
+    assert not (fresh.root / "executed").exists()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "merge", "evaluate", "export"])
+def test_a_full_disk_is_explained_and_leaves_the_previous_outputs(fresh, stage):
+    """No file may grow past 1 kB: what a write to a full disk raises, raised by the kernel."""
+    before = files(fresh)
+    limit = f"ulimit -f 1; trap '' XFSZ; exec {sys.executable} -m tasks.{stage}"
+    failed = fresh.run("bash", "-c", limit, check=False, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert failed.returncode == 1, failed.stdout
+    assert "free some space and run again" in failed.stdout
+    assert files(fresh) == before
+
+
+def test_a_file_where_the_outputs_belong_is_explained(fresh):
+    shutil.rmtree(fresh.root / "outputs")
+    (fresh.root / "outputs").write_text("in the way")
+    failed = fresh.stage("prepare", check=False)
+    assert failed.returncode == 1
+    assert "a file stands where a folder must be; move it away" in failed.stdout
+
+
+def test_an_unwritable_folder_is_explained(fresh):
+    before = files(fresh)
+    (fresh.root / "outputs").chmod(0o555)
+    # root may write anywhere unless it gives that right away
+    humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    failed = fresh.run(*humble, sys.executable, "-m", "tasks.prepare", check=False)
+    (fresh.root / "outputs").chmod(0o755)
+    assert failed.returncode == 1, failed.stdout
+    assert "the folder must be writable; change its permissions" in failed.stdout
+    assert files(fresh) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stopped_training_saves_and_continues_to_the_same_bytes(done, fresh, number):
+    shutil.rmtree(fresh.root / "outputs/train")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tasks.train"], cwd=fresh.root, env=fresh.environment, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(number)
+            break
+    said = process.communicate()[0]
+    assert process.returncode == 128 + number, said
+    assert "run again to continue" in said
+    assert not (fresh.root / "outputs/train/adapter.pth").exists()
+    again = fresh.stage("train").stdout
+    assert "continuing after step" in again
+    for name in ("adapter.pth", "history.csv", "valid.csv"):
+        assert (fresh.root / "outputs/train" / name).read_bytes() == (done.root / "outputs/train" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_continues_to_the_same_bytes(done, fresh):
+    shutil.rmtree(fresh.root / "outputs/train")
+    for wait in (0.0, 0.05, 0.11, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.train"], cwd=fresh.root, env=fresh.environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for line in process.stdout:
+            if line.startswith(("step ", "continuing")):
+                break
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+    fresh.stage("train")
+    for name in ("adapter.pth", "history.csv", "valid.csv"):
+        assert (fresh.root / "outputs/train" / name).read_bytes() == (done.root / "outputs/train" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_other_settings_do_not_continue_the_old_run(fresh):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tasks.train"], cwd=fresh.root, env=fresh.environment, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    fresh.set(train__optimizer__lr=0.02)
+    assert "continuing" not in fresh.stage("train").stdout
+    assert json.loads((fresh.root / "outputs/train/metrics.json").read_text())["resumed_at"] == 0
+
+
+def test_a_limit_on_file_size_is_what_the_test_says():
+    """The disk-full test above stands on this."""
+    code = "import resource,signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); open('/dev/shm/x','wb').write(b'0'*99999)"
+    limit = (8192, 8192)
+    failed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )  # fmt: skip
+    assert "File too large" in failed.stderr

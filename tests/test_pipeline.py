@@ -1,0 +1,140 @@
+"""The pipeline whole, as DVC runs it, without any server."""
+
+import json
+import re
+import sys
+
+import pytest
+from project import ROOT, make, write_base, write_corpus
+
+STAGES = ["prepare", "train", "merge", "evaluate", "export"]
+
+
+def ran(output):
+    return re.findall(r"Running stage '(?:dvc.yaml:)?([^']+)'", output)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project whose pipeline has run once; its lock is committed."""
+    project = make(tmp_path_factory.mktemp("pipeline"))
+    project.first = project.dvc("repro").stdout
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "ran")
+    return project
+
+
+@pytest.fixture(autouse=True)
+def _as_committed(project):
+    """Each test begins with everything up to date."""
+    yield
+    project.run("git", "checkout", "-q", ".")
+    project.dvc("checkout", "-q", "--allow-missing")
+
+
+def test_everything_runs_in_order_after_a_clone(project):
+    assert ran(project.first) == STAGES
+
+
+def test_nothing_is_left_to_do_the_second_time(project):
+    assert ran(project.dvc("repro").stdout) == []
+    assert "up to date" in project.dvc("status", "dvc.yaml").stdout
+
+
+@pytest.mark.slow
+def test_another_rank_trains_again_and_prepares_nothing(project):
+    project.set(adapter__rank=3)
+    assert ran(project.dvc("repro").stdout) == ["train", "merge", "evaluate", "export"]
+    changes = project.dvc("metrics", "diff").stdout
+    assert "outputs/evaluate/metrics.json" in changes
+    assert "tuned.loss" in changes
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("rwkv_core/export/web_rwkv.py", {"export"}),
+        ("rwkv_core/data/sampling.py", {"train"}),
+        ("rwkv_core/report.html.j2", {"evaluate"}),
+        ("rwkv_core/merge.py", {"merge"}),
+        ("rwkv_core/generate.py", {"evaluate"}),
+        ("kernels/wkv7.py", {"train", "evaluate"}),
+        ("rwkv_core/files.py", set(STAGES)),
+        ("README.md", set()),
+        ("flows/pipeline.py", set()),
+    ],
+)
+def test_a_changed_file_makes_the_stages_that_use_it_stale(project, file, stale):
+    path = project.root / file
+    path.write_text(path.read_text() + "\n")
+    status = json.loads(project.dvc("status", "--json").stdout)
+    assert {name for name in status if "demo" not in name} == stale
+
+
+def test_a_setting_that_no_stage_depends_on_changes_nothing(project):
+    project.set(tracking__experiment="another")
+    assert ran(project.dvc("repro").stdout) == []
+
+
+def test_a_failed_stage_keeps_what_was_there(project):
+    before = (project.root / "outputs/train/adapter.pth").read_bytes()
+    project.set(train__optimizer__warmup_steps=10_000)
+    failed = project.dvc("repro", check=False)
+    assert failed.returncode != 0
+    assert "warmup_steps = 10000" in failed.stdout
+    assert (project.root / "outputs/train/adapter.pth").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_experiments_are_run_and_compared(project):
+    assert ran(project.dvc("exp", "run", "-n", "wider", "-S", "adapter.rank=4").stdout) == STAGES[1:]
+    table = project.dvc("exp", "show", "--csv").stdout
+    header, *rows = [line.split(",") for line in table.splitlines()]
+    assert any("wider" in row for row in rows)
+    assert any("adapter.rank" in name for name in header)
+    assert any("tuned.loss" in name for name in header)
+    ranks = {row[next(i for i, name in enumerate(header) if "adapter.rank" in name)] for row in rows}
+    assert {"2", "4"} <= ranks
+
+
+def test_the_curves_can_be_drawn(project):
+    project.dvc("plots", "show", "--out", "page")
+    page = (project.root / "page" / "index.html").read_text()
+    for title in ("Loss, nats a token", "Held-out documents, nats a token", "Documents by length"):
+        assert title in page
+
+
+def test_a_remote_brings_everything_back(project, tmp_path):
+    project.dvc("remote", "add", "-f", "-d", "store", str(tmp_path / "store"))
+    project.dvc("push")
+    other = tmp_path / "elsewhere"
+    project.run("git", "clone", "-q", str(project.root), str(other))
+    for name in ("base.pth", "corpus.jsonl"):
+        (other / "mine").mkdir(exist_ok=True)
+        (other / "mine" / name).write_bytes((project.root / "mine" / name).read_bytes())
+    elsewhere = type(project)(other, project.environment)
+    elsewhere.dvc("remote", "add", "-f", "-d", "store", str(tmp_path / "store"))
+    elsewhere.dvc("pull", "dvc.yaml")
+    for file in ("outputs/train/adapter.pth", "outputs/export/model.st", "outputs/evaluate/report.html"):
+        assert (other / file).read_bytes() == (project.root / file).read_bytes()
+    assert ran(elsewhere.dvc("repro").stdout) == []
+
+
+def test_own_inputs_leave_the_demo_out(project):
+    assert "demo" not in project.first
+    write_base(project.root / "mine" / "another.pth", seed=3)
+    write_corpus(project.root / "mine" / "another.jsonl", seed=3)
+    project.set(model__base="mine/another.pth", data__source="mine/another.jsonl")
+    assert ran(project.dvc("repro", "--dry").stdout)[0] == "prepare"
+    assert "demo" not in project.dvc("repro", "--dry").stdout
+
+
+def test_as_cloned_the_demo_comes_first(tmp_path):
+    cloned = make(tmp_path / "clone")
+    (cloned.root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    asked = "from flows.graph import plan; print(*[stage.name for stage in plan()])"
+    planned = cloned.run(sys.executable, "-c", asked).stdout.split()
+    assert {"demo/dvc.yaml:corpus", "demo/dvc.yaml:pretrain"} < set(planned)
+    assert [name for name in planned if "demo" not in name] == STAGES
+    assert planned.index("demo/dvc.yaml:corpus") < planned.index("prepare")
+    assert planned.index("demo/dvc.yaml:pretrain") < planned.index("train")
