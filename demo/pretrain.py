@@ -13,7 +13,7 @@ from rwkv_core.data.binidx import Documents
 from rwkv_core.data.prepare import prepare
 from rwkv_core.data.sampling import PackedRows
 from rwkv_core.files import sha256
-from rwkv_core.models.rwkv7 import RWKV7, new_shape
+from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.tokenizer import VOCAB_SIZE
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import fit
@@ -30,7 +30,7 @@ def pretrain() -> None:
     digest = hashlib.sha256(json.dumps([settings.model_dump(mode="json"), sha256(source)]).encode()).hexdigest()[:16]
     folder = Path(".rwkvflow/pretrain") / digest
     folder.mkdir(parents=True, exist_ok=True)
-    model = RWKV7(new_shape(settings.n_layer, settings.n_embd, settings.head_size, VOCAB_SIZE))
+    model = RWKV7(RWKV7.new_shape(settings.n_layer, settings.n_embd, settings.head_size, VOCAB_SIZE))
     model.initialize(torch.Generator().manual_seed(settings.seed))
     optimizer, ctx_len = settings.train.optimizer, settings.train.ctx_len
     with tempfile.TemporaryDirectory() as data:

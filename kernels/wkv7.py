@@ -9,12 +9,13 @@ the WY representation of the products of I - kappa kappa', as for DeltaNet: Yang
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Op = Literal["auto", "torch", "reference"]
+from kernels import build
+from kernels.choice import CPU_DTYPES, Op, choose, direct
 
 LOG_DECAY_MIN = -math.exp(-0.5)
 """Strongest log decay of one step: w_raw = +infinity."""
@@ -37,28 +38,31 @@ def wkv7(
         a: (B, T, H, N) direction to remove; RWKV-7 passes -kappa, |kappa| = 1.
         b: (B, T, H, N) direction to write back; RWKV-7 passes kappa * in-context learning rate.
         state: (B, H, N, N) float32 (or float64, to measure errors by), S before the first step.
-        op: the implementation; "auto" takes the fastest that works, see `choose`.
+        op: the implementation; "auto" takes the fastest that works, see `kernels.choice`.
 
     Returns:
         y, (B, T, H, N) in the dtype of r, and S after the last step, in the dtype of `state`. Both are differentiable
         in all seven inputs.
 
     Raises:
-        ValueError: the shapes disagree, T is 0, or `state` is neither float32 nor float64.
+        ValueError: the shapes disagree, T is 0, `state` is neither float32 nor float64, or `op` can't work on these.
+        RuntimeError: `op` is "cpu" and it could not be compiled.
     """
     _check(r, w_raw, k, v, a, b, state)
-    with torch.autocast(state.device.type, enabled=False):  # it would turn the products below to bfloat16
-        if choose(op, r.shape[1]) == "reference":
-            return wkv7_reference(r, w_raw, k, v, a, b, state)
-        y, final, _ = _forward(r, w_raw, k, v, a, b, state)
+    inputs = (r, w_raw, k, v, a, b, state)
+    chosen = choose(op, r if state.dtype == torch.float32 else state, r.shape[1], compiled=True)
+    if chosen == "cpu":
+        if direct(*inputs):
+            y, final, _ = _run_cpu_forward(*inputs, keep=False)
+        else:
+            keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+            y, final, _ = _cpu_forward(*inputs, keep)
         return y, final
-
-
-def choose(op: Op, steps: int) -> Literal["torch", "reference"]:
-    """The implementation that `op` means for a call of `steps` steps: one step needs no chunks."""
-    if op == "auto":
-        return "torch" if steps > 1 else "reference"
-    return op
+    with torch.autocast(state.device.type, enabled=False):  # it would turn the products below to bfloat16
+        if chosen == "reference":
+            return wkv7_reference(*inputs)
+        y, final, _ = _forward(*inputs)
+        return y, final
 
 
 def wkv7_reference(
@@ -283,3 +287,85 @@ def _grad(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, dfinal: Tensor, 
 
 
 _forward.register_autograd(_grad, setup_context=_save)
+
+
+# The compiled form, csrc/wkv7.cpp: step by step in float32, whatever the inputs' dtypes.
+
+
+def _readable(x: Tensor) -> Tensor:
+    return (x if x.dtype in CPU_DTYPES else x.float()).contiguous()
+
+
+def _run_cpu_forward(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, steps, heads, size = r.shape
+    inputs = [_readable(x) for x in (r, w_raw, k, v, a, b)]
+    state = state.contiguous()
+    y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
+    before = state.new_empty((batch * heads, -(-steps // CHUNK) if keep else 0, size, size))
+    build.function("rwkv_wkv7_forward", "p" * 10 + "i" * 6)(
+        *(x.data_ptr() for x in inputs), state.data_ptr(), y.data_ptr(), final.data_ptr(), before.data_ptr() or None,
+        batch, steps, heads, size, _bf16_bits(inputs), build.threads(),
+    )  # fmt: skip
+    return y, final, before
+
+
+def _bf16_bits(xs: list[Tensor]) -> int:
+    return sum((x.dtype == torch.bfloat16) << i for i, x in enumerate(xs))
+
+
+@torch.library.custom_op("rwkv::wkv7_cpu", mutates_args=())
+def _cpu_forward(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and if `keep` the state before each chunk (B * H, chunks, N, N), key by value, for the backward."""
+    return _run_cpu_forward(r, w_raw, k, v, a, b, state, keep)
+
+
+@_cpu_forward.register_fake
+def _(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, steps, heads, size = r.shape
+    before = state.new_empty((batch * heads, -(-steps // CHUNK) if keep else 0, size, size))
+    return r.new_empty(r.shape), torch.empty_like(state, memory_format=torch.contiguous_format), before
+
+
+@torch.library.custom_op("rwkv::wkv7_cpu_backward", mutates_args=())
+def _cpu_backward(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, before: Tensor, dy: Tensor, dfinal: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of r, w_raw, k, v, a, b and the first state. The states within a chunk are made again, not kept."""
+    batch, steps, heads, size = r.shape
+    inputs = [_readable(x) for x in (r, w_raw, k, v, a, b)]
+    dy, dfinal = dy.to(inputs[0].dtype).contiguous(), dfinal.contiguous()
+    grads = [torch.empty_like(x) for x in (*inputs, dfinal)]
+    build.function("rwkv_wkv7_backward", "p" * 16 + "i" * 6)(
+        *(x.data_ptr() for x in (*inputs, before, dy, dfinal, *grads)),
+        batch, steps, heads, size, _bf16_bits(inputs), build.threads(),
+    )  # fmt: skip
+    dr, dw_raw, dk, dv, da, db = (grad.to(x.dtype) for grad, x in zip(grads, (r, w_raw, k, v, a, b), strict=False))
+    return dr, dw_raw, dk, dv, da, db, grads[6]
+
+
+@_cpu_backward.register_fake
+def _(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, before: Tensor, dy: Tensor, dfinal: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    same = [x.new_empty(x.shape) for x in (r, w_raw, k, v, a, b)]
+    return same[0], same[1], same[2], same[3], same[4], same[5], before.new_empty(dfinal.shape)
+
+
+def _cpu_save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], output[2])
+
+
+def _cpu_grad(
+    ctx: torch.autograd.function.FunctionCtx, dy: Tensor, dfinal: Tensor, _dbefore: Tensor
+) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor, ...] = _cpu_backward(*ctx.saved_tensors, dy, dfinal)  # type: ignore[attr-defined]
+    return *grads, None
+
+
+_cpu_forward.register_autograd(_cpu_grad, setup_context=_cpu_save)

@@ -5,7 +5,7 @@ imports torch: a mistake in params.yaml is reported before anything slow is load
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,10 +39,17 @@ class ModelConfig(Config):
     """What to start from."""
 
     base: Path
-    """An RWKV-7 checkpoint, .pth. Version, sizes and ranks are read from it."""
+    """An RWKV-4, 5, 6 or 7 checkpoint: .pth, .safetensors, .st, or a folder. Version, sizes and ranks are read from it."""
 
-    op: Literal["auto", "torch", "reference"]
+    head_size_divisor: float = Field(gt=0)
+    """What the model was pretrained with: the one number that a checkpoint does not tell. 8, but 1 for some small models."""
+
+    op: Literal["auto", "cpu", "torch", "reference"]
     """Implementation of the WKV operator. auto: the fastest that works here."""
+
+    def how(self) -> dict[str, Any]:
+        """What `models.load` is told beside the path and the precision."""
+        return self.model_dump(include={"head_size_divisor", "op"})
 
 
 class LoraConfig(Config):

@@ -10,7 +10,7 @@ import torch
 
 from kernels.head_loss import IGNORE, token_nll
 from rwkv_core.data.binidx import Documents
-from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import RWKV
 from rwkv_core.tokenizer import END, Tokenizer
 
 Array = npt.NDArray[np.float64]
@@ -44,7 +44,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: RWKV7,
+    model: RWKV,
     documents: Documents,
     tokenizer: Tokenizer,
     *,

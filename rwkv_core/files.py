@@ -22,9 +22,22 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal."""
+    """Digest of a file's bytes, or of a folder's files and their names, in hexadecimal."""
+    if path.is_dir():
+        entries = "".join(f"{sha256(f)} {f.relative_to(path).as_posix()}\n" for f in _files(path))
+        return hashlib.sha256(entries.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def marks(path: Path) -> list[int]:
+    """Size, time and inode: as long as they stay, so does what is in the file, or in the folder's files."""
+    facts = [f.stat() for f in (_files(path) if path.is_dir() else [path])]
+    return [mark for fact in facts for mark in (fact.st_size, fact.st_mtime_ns, fact.st_ino)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
 
 
 def write_json(path: Path, values: Any) -> None:

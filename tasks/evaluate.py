@@ -13,7 +13,8 @@ from rwkv_core import models, report
 from rwkv_core.data.binidx import Documents
 from rwkv_core.evaluate import Scores
 from rwkv_core.files import sha256, whole_folder, write_json
-from rwkv_core.generate import generate
+from rwkv_core.generation.sampling import Sampling
+from rwkv_core.generation.text import generate
 from rwkv_core.tokenizer import world
 from tasks import stage, tracking
 from tasks.params import Params, load
@@ -66,7 +67,7 @@ def _judge(name: str, path: Path, documents: Documents, prompts: list[str], para
 
     settings, device = params.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
-    model = models.load(path, dtype=dtype, device=device, op=params.model.op).eval()
+    model = models.load(path, dtype=dtype, device=device, **params.model.how()).eval()
     shown = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -79,17 +80,12 @@ def _judge(name: str, path: Path, documents: Documents, prompts: list[str], para
         model, documents, world(), ctx_len=settings.ctx_len, batch=settings.batch, progress=progress
     )
     wanted = settings.samples
+    sampling = Sampling(
+        max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=params.seed
+    )
     texts = [
-        generate(
-            model,
-            world(),
-            prompt,
-            max_tokens=wanted.max_tokens,
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            seed=params.seed + i,
-        )
-        for i, prompt in enumerate(prompts)
+        continuation.text
+        for continuation in generate(model, world(), prompts, sampling, ctx_len=settings.ctx_len, batch=settings.batch)
     ]
     return scores, texts
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import WorldError
-from rwkv_core.files import sha256, whole_file
+from rwkv_core.files import marks, sha256, whole_file
 from tasks import mirror
 from tasks.mirror import Point
 from tasks.record import RunRecord
@@ -102,14 +102,13 @@ class Ledger:
         self.save()
 
     def digest(self, path: Path) -> str:
-        """sha256 of a file, computed anew only if its size, time or inode changed. Call `save` afterwards."""
+        """`sha256`, computed anew only if a size, time or inode changed. Call `save` afterwards."""
         known = self._values.setdefault("files", {})
-        facts = path.stat()
-        now = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+        now = marks(path)
         entry = known.get(str(path))
-        if not entry or entry[:3] != now:
+        if not entry or entry[:-1] != now:
             known[str(path)] = entry = [*now, sha256(path)]
-        return str(entry[3])
+        return str(entry[-1])
 
     def save(self) -> None:
         """Write the file."""

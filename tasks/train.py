@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def train() -> None:
 
     # an adapter leaves the base as it is, so bf16 training can hold it in bf16; the adapter itself is float32
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
-    model = models.load(params.model.base, dtype=dtype, op=params.model.op)
+    model = models.load(params.model.base, dtype=dtype, **params.model.how())
     adapted = attach(model, params.adapter, params.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     print(
@@ -47,7 +48,7 @@ def train() -> None:
         f"WKV by {model.wkv_implementation(params.train.ctx_len)}; run {digest}",
         flush=True,
     )
-    _record(params, digest, folder, base_sha256, model.config._asdict(), manifest)
+    _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
     with tracking.Live(folder, params.tracking) as live:
         result = fit(
             model,
@@ -87,7 +88,7 @@ def run_digest(params: Params, base_sha256: str) -> str:
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     del shaping["train"]["checkpoint_every"]
     data = [sha256(stage.DATA / f"{side}.{part}") for side in ("train", "valid") for part in ("bin", "idx")]
-    text = json.dumps([shaping, params.model.op, base_sha256, data], sort_keys=True)
+    text = json.dumps([shaping, params.model.how(), base_sha256, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -30,27 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def random_model() -> Callable[..., Any]:
-    """Makes a small RWKV-7 whose every parameter is random: as initialized, several of its matrices are zero."""
-    import torch
-
-    from rwkv_core.checkpoint import Shape
-    from rwkv_core.models.rwkv7 import RWKV7
-
-    def make(
-        *, n_layer: int = 3, n_embd: int = 32, head_size: int = 8, vocab_size: int = 64, layer_0: bool = False,
-        seed: int = 0, op: str = "auto",
-    ) -> RWKV7:  # fmt: skip
-        shape = Shape(
-            "7", n_layer, n_embd, head_size, vocab_size, 4 * n_embd,
-            decay_rank=8, a_rank=6, v_rank=4, gate_rank=10, value_residual_in_layer_0=layer_0,
-        )  # fmt: skip
-        model = RWKV7(shape, op)
-        generator = torch.Generator().manual_seed(seed)
-        model.initialize(generator)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        return model
+    """Makes a small model of any version, every parameter random."""
+    from random_models import make
 
     return make
 

@@ -13,7 +13,7 @@ import torch
 from ruamel.yaml import YAML
 
 from rwkv_core import checkpoint
-from rwkv_core.models.rwkv7 import RWKV7, new_shape
+from rwkv_core.models.rwkv7 import RWKV7
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the state of a model is what it carries from token to token and it learns to keep what matters"
@@ -114,7 +114,7 @@ def make(root: Path) -> Project:
 def write_base(path: Path, seed: int = 0, n_embd: int = 32) -> None:
     """A random RWKV-7 of two layers, trained on nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = RWKV7(new_shape(2, n_embd, 8, 65536))
+    model = RWKV7(RWKV7.new_shape(2, n_embd, 8, 65536))
     generator = torch.Generator().manual_seed(seed)
     model.initialize(generator)
     with torch.no_grad():

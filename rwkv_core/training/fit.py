@@ -14,7 +14,7 @@ import torch
 
 from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch, MicroBatches, PackedRows
-from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import RWKV
 from rwkv_core.training import schedule
 from rwkv_core.training.callbacks import LAST, Checkpoints, Log, Progress, Recorder, peak_memory_mb
 from rwkv_core.training.module import History, Training
@@ -36,7 +36,7 @@ class Result(NamedTuple):
 
 
 def fit(
-    model: RWKV7,
+    model: RWKV,
     groups: list[dict[str, Any]],
     train: PackedRows,
     valid: PackedRows,

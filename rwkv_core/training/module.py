@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.head_loss import IGNORE, head_loss, token_nll
 from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch
-from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import RWKV
 from rwkv_core.training.schedule import learning_rate
 
 History = dict[int, dict[str, float]]
@@ -20,7 +20,7 @@ History = dict[int, dict[str, float]]
 class Training(pl.LightningModule):
     """One run. Only what is trained goes into its checkpoints: the frozen base is a file already."""
 
-    def __init__(self, model: RWKV7, groups: list[dict[str, Any]], config: TrainConfig, steps: int, seed: int) -> None:
+    def __init__(self, model: RWKV, groups: list[dict[str, Any]], config: TrainConfig, steps: int, seed: int) -> None:
         super().__init__()
         self.strict_loading = False
         self.model, self._groups, self._config, self._steps, self._seed = model, groups, config, steps, seed

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from random_models import VERSIONS
 
 from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach, file, trained_state
@@ -118,6 +119,24 @@ def test_merging_keeps_the_function(config, base, tokens, tmp_path):
             "matrices_changed": len(adapted),
         },
     }  # fmt: skip
+
+
+@every_adapter
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_takes_it(version, config, random_model, tokens, tmp_path):
+    """Attached it changes nothing, it learns, and merging keeps the function."""
+    base = tmp_path / "base.pth"
+    checkpoint.write(base, random_model(version=version).state_dict())
+    model = models.load(base)
+    before = logits(model, tokens)
+    attach(model, config, seed=0)
+    assert torch.equal(logits(model, tokens), before)
+    train(model, tokens)
+    want = logits(model, tokens)
+    assert (want - before).abs().max() > 0.1
+    file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
+    merge(base, tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    torch.testing.assert_close(logits(models.load(tmp_path / "merged.pth"), tokens), want, rtol=1e-4, atol=1e-4)
 
 
 @every_adapter

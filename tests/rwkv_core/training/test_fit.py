@@ -47,8 +47,8 @@ def data(tmp_path):
 def run(data, random_model, tmp_path_factory):
     """Trains a small model, adapted unless told otherwise, and returns it with the result."""
 
-    def run(config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None):
-        model = random_model(n_layer=2).to(dtype)
+    def run(config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None, op="auto"):
+        model = random_model(n_layer=2, op=op).to(dtype)
         if adapter is None:
             groups = model.parameter_groups(config.optimizer.lr, config.optimizer.weight_decay)
         else:
@@ -138,7 +138,7 @@ def test_golden_losses(run, pytestconfig):
     leaves the file as it is; `pytest --update-golden` writes it anew.
     """
     assert torch.get_num_threads() == 1
-    _, result = run(settings(epochs=80 / 82), adapter=LORA.model_copy(update={"dropout": 0.1}))
+    _, result = run(settings(epochs=80 / 82), adapter=LORA.model_copy(update={"dropout": 0.1}), op="torch")
     made_by = f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     found = {"train": losses(result), "valid": losses(result, "valid")}
     assert [len(values) for values in found.values()] == [20, 5]

@@ -1,0 +1,92 @@
+"""Matrices times a few rows: what a model does for each token it generates.
+
+On a CPU, up to ROWS rows run in csrc/linear.cpp at the speed of memory, if nobody will ask for gradients. All else is torch.
+Shapes: ... any number of rows.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import build
+from kernels.choice import direct
+
+Activation = Literal["none", "tanh", "sigmoid"]
+
+ROWS = 8
+"""Up to this many rows each weight is read once for all of them."""
+
+_ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+_CODES = {"none": 0, "tanh": 1, "sigmoid": 2}
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight', summed in float32 where it is compiled.
+
+    Args:
+        x: (..., in) float32 or bfloat16.
+        weight: (out, in), as nn.Linear has it; on a CPU it may be bfloat16 beside a float32 x, and the other way round.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    size = x.shape[-1]
+    rows = x.numel() // size
+    if rows > ROWS or not rows or not direct(x, weight):
+        return linear_reference(x, weight)
+    out = weight.shape[0]
+    if weight.shape[1] != size:
+        raise ValueError(f"weight is {tuple(weight.shape)}; for x {tuple(x.shape)} it must be (out, {size})")
+    x, weight = x.contiguous(), weight.contiguous()
+    y = x.new_empty((*x.shape[:-1], out))
+    build.function("rwkv_linear", "pppiiiiii")(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, size, out,
+        x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The same by torch, with gradients, for any number of rows."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
+    """bias + activation(x down) up, RWKV's low-rank pairs.
+
+    Args:
+        x: (..., in) float32 or bfloat16.
+        down: (in, rank), transposed against nn.Linear, as checkpoints have it.
+        up: (rank, out), in the dtype of `down`.
+        bias: out values of any shape, in the dtype of `down`, or None.
+        activation: of the hidden values.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    size, rank = down.shape
+    rows = x.numel() // size
+    given = (x, down, up) if bias is None else (x, down, up, bias)
+    if rows > ROWS or not rows or not direct(*given) or any(w.dtype != down.dtype for w in given[2:]):
+        return low_rank_reference(x, down, up, bias, activation)
+    out = up.shape[1]
+    if x.shape[-1] != size or up.shape[0] != rank or (bias is not None and bias.numel() != out):
+        raise ValueError(f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)} and bias do not fit together")
+    x, down, up = x.contiguous(), down.contiguous(), up.contiguous()
+    y = x.new_empty((*x.shape[:-1], out))
+    build.function("rwkv_low_rank", "p" * 5 + "i" * 8)(
+        x.data_ptr(), down.data_ptr(), up.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), y.data_ptr(),
+        rows, size, rank, out, _CODES[activation],
+        x.dtype is torch.bfloat16, down.dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def low_rank_reference(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none"
+) -> Tensor:
+    """The same by torch, with gradients, for any number of rows."""
+    y = _ACTIVATIONS[activation](x @ down.to(x.dtype)) @ up.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype).view(-1)

@@ -1,0 +1,100 @@
+"""RWKV-4: attention as a weighted mean of all values before, whose weights fade by channel.
+
+Shapes: B batch, T time, C channels. There are no heads.
+Source: Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv:2305.13048; initial values and learning-rate
+groups: BlinkDL/RWKV-LM, RWKV-v4neo.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.choice import Op
+from kernels.wkv4 import NOTHING, wkv4
+from rwkv_core.models.initial import depth, orthogonal, put, ramp, token_shift
+from rwkv_core.models.skeleton import RWKV, Shape, layers_of, shift, vector, width
+
+
+class TimeMix(nn.Module):
+    """Attention's place: reads the past through the WKV state."""
+
+    def __init__(self, s: Shape, layer: int, op: Op) -> None:
+        super().__init__()
+        self.op = op
+        self.time_decay, self.time_first = nn.Parameter(torch.empty(s.dim_att)), nn.Parameter(torch.empty(s.dim_att))
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = (vector(s.n_embd) for _ in range(3))
+        self.key, self.value, self.receptance = (nn.Linear(s.n_embd, s.dim_att, bias=False) for _ in range(3))
+        self.output = nn.Linear(s.dim_att, s.n_embd, bias=False)
+
+    def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
+        """(B, T, C), None, shift and WKV state -> output, None, WKV state."""
+        before = shift(x, last)
+        delta = x - before
+        xk, xv, xr = (before + delta * mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r))
+        y, state = wkv4(self.key(xk), self.value(xv), self.time_decay, self.time_first, state, op=self.op)
+        return self.output(torch.sigmoid(self.receptance(xr)) * y), v_first, state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: a squared ReLU between two matrices, behind a gate. RWKV-5's too."""
+
+    def __init__(self, s: Shape, layer: int) -> None:
+        super().__init__()
+        self.time_mix_k, self.time_mix_r = vector(s.n_embd), vector(s.n_embd)
+        self.key = nn.Linear(s.n_embd, s.dim_ffn, bias=False)
+        self.receptance = nn.Linear(s.n_embd, s.n_embd, bias=False)
+        self.value = nn.Linear(s.dim_ffn, s.n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """(B, T, C) and the shift state -> (B, T, C)."""
+        before = shift(x, last)
+        delta = x - before
+        hidden: Tensor = self.key(before + delta * self.time_mix_k)
+        gate = torch.sigmoid(self.receptance(before + delta * self.time_mix_r))
+        output: Tensor = gate * self.value(torch.relu(hidden) ** 2)
+        return output
+
+
+class RWKV4(RWKV):
+    """The whole model."""
+
+    time_mix, channel_mix = TimeMix, ChannelMix
+    rates = {"att.time_decay": 2.0, "att.time_first": 3.0}  # noqa: RUF012 (declared a ClassVar above)
+
+    @classmethod
+    def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape:
+        """See `RWKV.shape_of`."""
+        return Shape(
+            version="4",
+            n_layer=layers_of(tensors),
+            n_embd=width(tensors, "emb.weight", 1),
+            dim_att=width(tensors, "blocks.0.att.key.weight", 0),
+            dim_ffn=width(tensors, "blocks.0.ffn.key.weight", 0),
+            head_size=1,
+            vocab_size=width(tensors, "emb.weight", 0),
+            head_size_divisor=head_size_divisor,
+        )
+
+    @classmethod
+    def new_shape(cls, n_layer: int, n_embd: int, head_size: int, vocab_size: int) -> Shape:
+        """See `RWKV.new_shape`. There are no heads: `head_size` has no meaning here."""
+        return Shape("4", n_layer, n_embd, n_embd, 4 * n_embd, 1, vocab_size, 8.0)
+
+    def initial_wkv(self, batch: int) -> Tensor:
+        """(B, 3, C): sums of 0, and the exponent that they are scaled by."""
+        state = self.ln_out.weight.new_zeros(batch, 3, self.config.dim_att, dtype=torch.float32)
+        state[:, 2] = NOTHING
+        return state
+
+    def initialize_block(self, block: Any, layer: int, generator: torch.Generator) -> None:
+        """See `RWKV.initialize_block`."""
+        att, ffn, s = block.att, block.ffn, self.config
+        deep, _ = depth(layer, s.n_layer)
+        token_shift(att, ffn, s, layer)
+        put(att.time_decay, -5 + 8 * ramp(s.dim_att) ** (0.7 + 1.3 * deep))
+        put(att.time_first, math.log(0.3) + 0.5 * ((torch.arange(s.dim_att) + 1) % 3 - 1))
+        gains = {att.key: 0.0, att.receptance: 0.0, att.value: 1.0, att.output: 0.0}
+        orthogonal({**gains, ffn.key: math.sqrt(s.dim_ffn / s.n_embd), ffn.value: 0.0, ffn.receptance: 0.0}, generator)

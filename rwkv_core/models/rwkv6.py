@@ -1,0 +1,138 @@
+"""RWKV-6 "Finch": RWKV-5 whose decay and token shift depend on the data.
+
+Shapes: B batch, T time, C channels, H heads, N head size, D hidden size of the token shift's low-rank map.
+Source: Peng et al. 2024, "Eagle and Finch", arXiv:2404.05892; initial values and learning-rate groups: BlinkDL/RWKV-LM,
+RWKV-v5.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.choice import Op
+from kernels.wkv6 import wkv6
+from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put
+from rwkv_core.models.skeleton import RWKV, Shape, layers_of, shift, vector, width
+
+
+@dataclass(frozen=True)
+class Shape6(Shape):
+    """Sizes."""
+
+    mix_rank: int
+    """D: hidden size of time_maa_w1, time_maa_w2."""
+    decay_rank: int
+    """Hidden size of time_decay_w1, time_decay_w2."""
+
+
+class TimeMix(nn.Module):
+    """Attention's place: reads the past through the WKV state."""
+
+    def __init__(self, s: Shape6, layer: int, op: Op) -> None:
+        super().__init__()
+        self.head_size, self.op = s.head_size, op
+        c, heads = s.n_embd, s.dim_att // s.head_size
+        self.time_maa_x, self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g = (
+            vector(c) for _ in range(6)
+        )
+        self.time_maa_w1 = nn.Parameter(torch.empty(c, 5 * s.mix_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, s.mix_rank, c))
+        self.time_decay = vector(s.dim_att)
+        self.time_decay_w1 = nn.Parameter(torch.empty(c, s.decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(s.decay_rank, s.dim_att))
+        self.time_faaaa = nn.Parameter(torch.empty(heads, s.head_size))
+        self.receptance, self.key, self.value = (nn.Linear(c, s.dim_att, bias=False) for _ in range(3))
+        self.output = nn.Linear(s.dim_att, c, bias=False)
+        self.gate = nn.Linear(c, s.dim_att, bias=False)
+        self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
+
+    def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
+        """(B, T, C), None, shift and WKV state -> output, None, WKV state."""
+        batch, time, c = x.shape
+        delta = shift(x, last) - x
+        # how far each of five inputs moves towards the token before: a fixed part and one that depends on the data
+        hidden = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).view(batch * time, 5, -1)
+        moves = torch.bmm(hidden.transpose(0, 1), self.time_maa_w2).view(5, batch, time, c)
+        fixed = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        xw, xk, xv, xr, xg = (x + delta * (mix + move) for mix, move in zip(fixed, moves, strict=True))
+
+        w_raw = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        r, k, v, w_raw = (
+            z.view(batch, time, -1, self.head_size) for z in (self.receptance(xr), self.key(xk), self.value(xv), w_raw)
+        )
+        y, state = wkv6(r, k, v, w_raw, self.time_faaaa, state, op=self.op)
+        y = self.ln_x(y.reshape(batch * time, -1)).view(batch, time, -1)
+        return self.output(y * F.silu(self.gate(xg))), v_first, state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: a squared ReLU between two matrices, behind a gate."""
+
+    def __init__(self, s: Shape, layer: int) -> None:
+        super().__init__()
+        self.time_maa_k, self.time_maa_r = vector(s.n_embd), vector(s.n_embd)
+        self.key = nn.Linear(s.n_embd, s.dim_ffn, bias=False)
+        self.receptance = nn.Linear(s.n_embd, s.n_embd, bias=False)
+        self.value = nn.Linear(s.dim_ffn, s.n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """(B, T, C) and the shift state -> (B, T, C)."""
+        delta = shift(x, last) - x
+        hidden: Tensor = self.key(x + delta * self.time_maa_k)
+        gate = torch.sigmoid(self.receptance(x + delta * self.time_maa_r))
+        output: Tensor = gate * self.value(torch.relu(hidden) ** 2)
+        return output
+
+
+class RWKV6(RWKV):
+    """The whole model."""
+
+    config: Shape6
+    time_mix, channel_mix = TimeMix, ChannelMix
+    rates = {"att.time_decay": 2.0}  # noqa: RUF012 (declared a ClassVar above)
+
+    @classmethod
+    def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape6:
+        """See `RWKV.shape_of`."""
+        return Shape6(
+            version="6",
+            n_layer=layers_of(tensors),
+            n_embd=width(tensors, "emb.weight", 1),
+            dim_att=width(tensors, "blocks.0.att.key.weight", 0),
+            dim_ffn=width(tensors, "blocks.0.ffn.key.weight", 0),
+            head_size=width(tensors, "blocks.0.att.time_faaaa", 1),
+            vocab_size=width(tensors, "emb.weight", 0),
+            head_size_divisor=head_size_divisor,
+            mix_rank=width(tensors, "blocks.0.att.time_maa_w2", 1, dimensions=3),
+            decay_rank=width(tensors, "blocks.0.att.time_decay_w1", 1),
+        )
+
+    @classmethod
+    def new_shape(cls, n_layer: int, n_embd: int, head_size: int, vocab_size: int) -> Shape6:
+        """See `RWKV.new_shape`. From 4096 channels on, the ranks are doubled."""
+        wide = 2 if n_embd >= 4096 else 1
+        ffn = int(3.5 * n_embd) // 32 * 32
+        return Shape6("6", n_layer, n_embd, n_embd, ffn, head_size, vocab_size, 8.0, 32 * wide, 64 * wide)
+
+    def initialize_block(self, block: Any, layer: int, generator: torch.Generator) -> None:
+        """See `RWKV.initialize_block`."""
+        att, ffn, s = block.att, block.ffn, self.config
+        deep, fade = depth(layer, s.n_layer)
+        at = position(s.n_embd)
+        for mix in (att.time_maa_x, att.time_maa_w, att.time_maa_k):
+            put(mix, 1 - at**fade)
+        put(att.time_maa_v, 1 - (at**fade + 0.3 * deep))
+        for mix in (att.time_maa_r, att.time_maa_g):
+            put(mix, 1 - at ** (0.5 * fade))
+        for mix in (ffn.time_maa_k, ffn.time_maa_r):
+            put(mix, 1 - at ** (fade**3))
+        decay_and_bonus(att, s, deep)
+        for down, up in ((att.time_maa_w1, att.time_maa_w2), (att.time_decay_w1, att.time_decay_w2)):
+            down.zero_()
+            up.uniform_(-0.01, 0.01, generator=generator)
+        gains = {att.receptance: 1.0, att.key: 0.1, att.value: 1.0, att.gate: 0.1, att.output: 0.0}
+        orthogonal({**gains, ffn.key: 1.0, ffn.value: 0.0, ffn.receptance: 0.0}, generator)

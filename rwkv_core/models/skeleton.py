@@ -1,0 +1,217 @@
+"""What all versions share: embedding, blocks of time mixing and channel mixing on residual branches, head.
+
+Module names are the checkpoint's names, so `state_dict()` is the official checkpoint.
+Shapes: B batch, T time, C channels, H heads, N head size, V vocabulary.
+Source: BlinkDL/RWKV-LM: RWKV-v4neo, RWKV-v5 and RWKV-v7/train_temp.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from kernels.choice import Op, choose
+from rwkv_core.models.state import BlockState, State
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Version and sizes of a model, all read from its tensors: nobody types these."""
+
+    version: str
+    """4, 5.0, 5.1, 5.2, 6 or 7."""
+    n_layer: int
+    n_embd: int
+    """Channels, C."""
+    dim_att: int
+    """Channels inside time mixing, H * N: C in every published model."""
+    dim_ffn: int
+    """Hidden channels of channel mixing."""
+    head_size: int
+    """N; 1 in RWKV-4, where every channel is on its own."""
+    vocab_size: int
+    head_size_divisor: float
+    """The output of a head is divided by it before the group norm; 8 in nearly all published models. The files do not say."""
+
+    @property
+    def group_norm_eps(self) -> float:
+        """Dividing by d before a norm of epsilon 1e-5 is the same as an epsilon of 1e-5 d d."""
+        return 1e-5 * self.head_size_divisor**2
+
+
+def shift(x: Tensor, last: Tensor) -> Tensor:
+    """The token before each: (B, T, C), with `last` (B, C) before the first."""
+    return torch.cat((last[:, None], x[:, :-1]), 1)
+
+
+def vector(channels: int) -> nn.Parameter:
+    """A parameter per channel, as checkpoints store it: (1, 1, C)."""
+    return nn.Parameter(torch.empty(1, 1, channels))
+
+
+class Block(nn.Module):
+    """Time mixing, then channel mixing, each on a residual branch."""
+
+    def __init__(self, shape: Shape, layer: int, att: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(shape.n_embd)
+        self.ln1, self.ln2 = nn.LayerNorm(shape.n_embd), nn.LayerNorm(shape.n_embd)
+        self.att, self.ffn = att, ffn
+
+    def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor | None, BlockState]:
+        """(B, T, C) -> (B, T, C); also RWKV-7's value of layer 0, and the state after the last token."""
+        if self.layer == 0:
+            x = self.ln0(x)
+        z = self.ln1(x)
+        mixed, v_first, wkv = self.att(z, v_first, state.att_shift, state.wkv)
+        x = x + mixed
+        zz = self.ln2(x)
+        x = x + self.ffn(zz, state.ffn_shift)
+        return x, v_first, BlockState(z[:, -1], wkv, zz[:, -1])
+
+
+class RWKV(nn.Module):
+    """The whole model. Each version is a subclass."""
+
+    time_mix: ClassVar[Any]
+    """Of a block: made from (shape, layer, op); (z, v_first, shift, wkv) -> (output, v_first, wkv)."""
+    channel_mix: ClassVar[Any]
+    """Of a block: made from (shape, layer); (z, shift) -> output."""
+    rates: ClassVar[Mapping[str, float]]
+    """Ends of parameter names, and how many times the learning rate of the others they learn with in full training."""
+
+    def __init__(self, shape: Shape, op: Op = "auto") -> None:
+        """Build the modules for `shape`; their values are not set: load a checkpoint, or call `initialize`."""
+        super().__init__()
+        self.config, self._op = shape, op
+        self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.blocks = nn.ModuleList(
+            Block(shape, layer, self.time_mix(shape, layer, op), self.channel_mix(shape, layer))
+            for layer in range(shape.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(shape.n_embd)
+        self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+        self._order: Sequence[str] = ()
+
+    @classmethod
+    def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape:
+        """Sizes of the model in a checkpoint of this version.
+
+        Raises:
+            KeyError: a tensor that tells a size is missing.
+            ValueError: such a tensor has another number of dimensions, or two disagree.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def new_shape(cls, n_layer: int, n_embd: int, head_size: int, vocab_size: int) -> Shape:
+        """Sizes of a new model, by the official rules for training from scratch."""
+        raise NotImplementedError
+
+    def initial_wkv(self, batch: int) -> Tensor:
+        """The WKV state of a block before the first token."""
+        s = self.config
+        return self.ln_out.weight.new_zeros(
+            batch, s.dim_att // s.head_size, s.head_size, s.head_size, dtype=torch.float32
+        )
+
+    def initialize_block(self, block: Any, layer: int, generator: torch.Generator) -> None:
+        """Set every value of a block but its layer norms."""
+        raise NotImplementedError
+
+    def wkv_implementation(self, steps: int) -> str:
+        """Which form of the WKV operator runs on sequences of `steps` tokens."""
+        return choose(self._op, self.emb.weight, steps)
+
+    def initial_state(self, batch: int) -> State:
+        """The state before the first token; `rwkv_core.models.state.mount` puts a tuned one in."""
+        none = self.ln_out.weight.new_zeros(batch, self.config.n_embd)
+        return [BlockState(none, self.initial_wkv(batch), none) for _ in range(self.config.n_layer)]
+
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """What the head reads: tokens (B, T) int64 -> (B, T, C), and the state after the last token."""
+        state = self.initial_state(len(tokens)) if state is None else state
+        x, v_first, after = self.emb(tokens), None, []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, v_first, last = block(x, v_first, before)
+            after.append(last)
+        return self.ln_out(x), after
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Tokens (B, T) int64 -> logits (B, T, V), and the state after the last token.
+
+        A sequence run whole, in slices that pass the state on, or token by token has the same logits.
+        """
+        x, state = self.features(tokens, state)
+        return self.head(x), state
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Take a checkpoint's tensors as the parameters, without a copy; `state_dict()` keeps their order."""
+        self.load_state_dict(tensors, assign=True)
+        self._order = list(tensors)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The checkpoint, in the order of the file it was loaded from."""
+        found: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if args or kwargs.get("prefix") or found.keys() != set(self._order):  # part of another module, or changed since
+            return found
+        return {name: found[name] for name in self._order}
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimizer groups of the official pretraining: decay on the large matrices, `rates` for some vectors."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
+        for name, p in self.named_parameters():
+            rate = next((rate for end, rate in self.rates.items() if name.endswith(end)), 1.0)
+            decayed = p.squeeze().ndim >= 2 and ".weight" in name
+            if p.requires_grad:
+                groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(p)
+        return [{"params": params, "lr": rate * lr, "weight_decay": wd} for (rate, wd), params in groups.items()]
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Set every value as the official pretraining does."""
+        s = self.config
+        self.emb.weight.uniform_(-1e-4, 1e-4, generator=generator)
+        head_gain = 0.5 * math.sqrt(s.vocab_size / s.n_embd) if s.vocab_size > s.n_embd else 0.5
+        nn.init.orthogonal_(self.head.weight, gain=head_gain, generator=generator)
+        for norm in self.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.weight.fill_(1)
+                norm.bias.zero_()
+        for layer, block in enumerate(self.blocks):
+            self.initialize_block(block, layer, generator)
+            if hasattr(block.att, "ln_x"):
+                block.att.ln_x.weight.fill_(((1 + layer) / s.n_layer) ** 0.7)
+                block.att.ln_x.bias.zero_()
+
+
+def layers_of(names: Mapping[str, Tensor]) -> int:
+    """Number of blocks of a checkpoint.
+
+    Raises:
+        KeyError: it has none.
+    """
+    found = [name.split(".")[1] for name in names if name.startswith("blocks.")]
+    layers = [int(layer) for layer in found if layer.isdigit()]
+    if not layers:
+        raise KeyError("blocks.0.ln1.weight")
+    return 1 + max(layers)
+
+
+def width(tensors: Mapping[str, Tensor], name: str, dimension: int, dimensions: int = 2) -> int:
+    """A size that a tensor tells.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it has another number of dimensions.
+    """
+    size = tensors[name].shape
+    if len(size) != dimensions:
+        raise ValueError(f"{name} is {tuple(size)}; it must have {dimensions} dimensions")
+    return size[dimension]
