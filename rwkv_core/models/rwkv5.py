@@ -77,10 +77,11 @@ class TimeMix(nn.Module):
         return x if x.ndim == 2 else x[:, None].expand(-1, self.head_size)
 
     def _bonus(self) -> Tensor:
-        if hasattr(self, "time_faaaa"):
-            return self._by_channel(self.time_faaaa)
-        wide: Tensor = self.time_first.float() if self.time_first.dtype.itemsize < 4 else self.time_first
-        return self._by_channel(wide.exp())
+        named = dict(self.named_parameters(recurse=False))
+        if "time_faaaa" in named:
+            return self._by_channel(named["time_faaaa"])
+        log = named["time_first"]
+        return self._by_channel((log.float() if log.dtype.itemsize < 4 else log).exp())
 
 
 class RWKV5(RWKV):

@@ -6,6 +6,7 @@ Source: BlinkDL/RWKV-LM: RWKV-v4neo, RWKV-v5 and RWKV-v7/train_temp.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -97,6 +98,7 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(shape.n_embd)
         self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
         self._order: Sequence[str] = ()
+        self.register_state_dict_post_hook(_in_the_files_order)  # type: ignore[no-untyped-call]
 
     @classmethod
     def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape:
@@ -156,13 +158,6 @@ class RWKV(nn.Module):
         self._order = list(tensors)
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The checkpoint, in the order of the file it was loaded from."""
-        found: dict[str, Any] = super().state_dict(*args, **kwargs)
-        if args or kwargs.get("prefix") or found.keys() != set(self._order):  # part of another module, or changed since
-            return found
-        return {name: found[name] for name in self._order}
-
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The optimizer groups of the official pretraining: decay on the large matrices, `rates` for some vectors."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
@@ -186,9 +181,17 @@ class RWKV(nn.Module):
                 norm.bias.zero_()
         for layer, block in enumerate(self.blocks):
             self.initialize_block(block, layer, generator)
-            if hasattr(block.att, "ln_x"):
-                block.att.ln_x.weight.fill_(((1 + layer) / s.n_layer) ** 0.7)
-                block.att.ln_x.bias.zero_()
+            ln_x: nn.GroupNorm | None = getattr(block.att, "ln_x", None)
+            if ln_x is not None:
+                ln_x.weight.fill_(((1 + layer) / s.n_layer) ** 0.7)
+                ln_x.bias.zero_()
+
+
+def _in_the_files_order(model: RWKV, tensors: OrderedDict[str, Any], prefix: str, _metadata: object) -> None:
+    """Put a model's entries in the order of the file that it was loaded from."""
+    for name in model._order:
+        if prefix + name in tensors:
+            tensors.move_to_end(prefix + name)
 
 
 def layers_of(names: Mapping[str, Tensor]) -> int:
