@@ -14,7 +14,7 @@ from rwkv_core.data.prepare import prepare
 from rwkv_core.data.sampling import PackedRows
 from rwkv_core.files import sha256
 from rwkv_core.models.rwkv7 import RWKV7
-from rwkv_core.tokenizer import VOCAB_SIZE
+from rwkv_core.tokenizer import VOCAB_SIZE, world
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import fit
 from tasks import params, stage
@@ -34,7 +34,7 @@ def pretrain() -> None:
     model.initialize(torch.Generator().manual_seed(settings.seed))
     optimizer, ctx_len = settings.train.optimizer, settings.train.ctx_len
     with tempfile.TemporaryDirectory() as data:
-        prepare(source, _VALID, None, Path(data))
+        prepare(source, _VALID, None, world(), Path(data))
         result = fit(
             model,
             model.parameter_groups(optimizer.lr, optimizer.weight_decay),

@@ -1,11 +1,11 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`.
+"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow chat`.
 
-Prefect, MLflow and DVC are imported by the commands that use them: they take seconds, and `--help` should not.
+Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -68,6 +68,58 @@ def sync() -> None:
     root = Path.cwd()
     set_defaults(root)
     tracking.publish(root, params.load().tracking)
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, .pth: outputs/merged/model.pth, or any RWKV.")],
+    state: Annotated[Path | None, typer.Option(help="A tuned state, .pth, to begin from.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter trained on the model, to work beside it.")] = None,
+    system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
+    tokenizer: Annotated[Path | None, typer.Option(help="20B_tokenizer.json, for a Pile model.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 0.3,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest, also; 0: any.")] = 0,
+    presence_penalty: Annotated[float, typer.Option(help="Against a token that was said before.")] = 0.5,
+    frequency_penalty: Annotated[float, typer.Option(help="Against it, for each time that it was.")] = 0.5,
+    penalty_decay: Annotated[float, typer.Option(help="What each token leaves of those times.")] = 0.996,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 2000,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds, equal answers; another each time, if none.")] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp32", "fp16", "as_loaded"], typer.Option(help="What to compute in.")
+    ] = "as_loaded",
+    head_size_divisor: Annotated[float, typer.Option(help="As in params.yaml: 8, but 1 for some small models.")] = 8.0,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where; cuda, if there is one.")] = None,
+) -> None:
+    """Talk with a model in the terminal. The settings' defaults are those of ChatRWKV."""
+    import secrets
+
+    from flows.chat import converse
+    from rwkv_core.generation.chat import open_chat
+    from rwkv_core.generation.sampling import Sampling
+
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=secrets.randbits(32) if seed is None else seed,
+        top_k=top_k,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        penalty_decay=penalty_decay,
+    )
+    opened = open_chat(
+        model,
+        sampling,
+        adapter=adapter,
+        state=state,
+        tokenizer=tokenizer,
+        system=system,
+        dtype=dtype,
+        device=device,
+        head_size_divisor=head_size_divisor,
+    )
+    converse(opened)
 
 
 def main() -> None:

@@ -11,19 +11,19 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = "-O3 -march=native -std=c++17 -fPIC -fopenmp -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 """-ffp-contract=fast is GCC's default, and makes Clang fuse products and sums as GCC does."""
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -39,8 +39,6 @@ rule link
 build rwkv.so: link {names}
 """
 
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -50,12 +48,13 @@ def library() -> ctypes.CDLL | None:
     its own, the first to finish puts it in place, and all use that one.
     """
     try:
-        path = _cache() / _key(_compiler()) / "rwkv.so"
+        compiler = _compiler()
+        path = _cache() / _key(compiler) / "rwkv.so"
         if not path.exists():
-            _build(_compiler(), path.parent)
-        return ctypes.CDLL(str(path))  # torch is imported, so the loader takes its libgomp.so.1 for ours
-    except (OSError, RuntimeError) as error:
-        warnings.warn(f"{error}; until then the CPU runs RWKV in torch, several times slower", stacklevel=2)
+            _build(compiler, path.parent)
+        return _load(path)
+    except RuntimeError as error:
+        warnings.warn(f"{error}; until then RWKV runs on this CPU in torch, several times slower", stacklevel=2)
         return None
 
 
@@ -70,17 +69,24 @@ available.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def function(name: str, signature: str) -> Callable[..., Any]:
+def function(name: str, fields: str) -> Callable[..., None]:
     """A function of the library, which must be `available`.
+
+    In C it takes one pointer to a record of fields of 8 bytes each: ctypes would take 0.2 us to convert each argument, and a
+    token is hundreds of arguments.
 
     Args:
         name: its name in C.
-        signature: a letter for each argument: p a pointer, i an int64_t, f a float. It returns nothing.
+        fields: of the record, as `struct` has them: q an int64_t or an address, d a double.
     """
-    found: Callable[..., Any] = getattr(library(), name)
-    found.argtypes = [_TYPES[letter] for letter in signature]  # type: ignore[attr-defined]
-    found.restype = None  # type: ignore[attr-defined]
-    return found
+    found = getattr(library(), name)
+    found.argtypes, found.restype = [ctypes.c_char_p], None
+    pack = struct.Struct(fields).pack
+
+    def call(*values: float) -> None:
+        found(pack(*values))
+
+    return call
 
 
 def _compiler() -> list[str]:
@@ -101,28 +107,35 @@ def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if file.exists() else []
     names = ("model", "stepping", "cpu family", "model name", "flags", "Features", "CPU part")
-    return "\n".join([platform.machine(), platform.processor()] + [x for x in lines if x.split("\t")[0].strip() in names])
+    told = [line for line in lines if line.split("\t")[0].strip() in names]
+    return "\n".join((platform.machine(), platform.processor(), *told))
 
 
 def _key(compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256("\n".join((*compiler, version, *FLAGS, _NINJA, _processor())).encode())
+    digest = hashlib.sha256("\n".join((*compiler, version, FLAGS, _NINJA, _processor())).encode())
     for file in sorted(SOURCES.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))  # torch is imported, so the loader takes its libgomp.so.1 for ours
+    except OSError as error:
+        raise RuntimeError(f"{error}; delete {path.parent}, to build it anew") from error
 
 
 def _build(compiler: list[str], folder: Path) -> None:
     """Make `folder`, whole or not at all.
 
     Raises:
-        RuntimeError: the compiler failed.
-        OSError: the cache can't be written.
+        RuntimeError: the compiler failed, or the folder can't be written.
     """
     files = sorted(SOURCES.glob("*.cpp"))
     text = _NINJA.format(
         cxx=shlex.join(compiler).replace("$", "$$"),
-        flags=" ".join(FLAGS),
+        flags=FLAGS,
         objects="\n".join(f"build {file.stem}.o: compile {_escaped(file)}" for file in files),
         names=" ".join(f"{file.stem}.o" for file in files),
     )

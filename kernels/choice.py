@@ -39,15 +39,16 @@ def choose(op: Op, x: Tensor, steps: int, compiled: bool = False) -> Chosen:
             rule = "it works on float32 and bfloat16 on the CPU" if compiled else "this operator has no compiled form"
             raise ValueError(f"op='cpu' for {x.dtype} on {x.device.type}; {rule}; say op='auto'")
         if not build.available():
-            raise RuntimeError("op='cpu' could not be compiled: a warning has said why; put that right, or say op='auto'")
+            raise RuntimeError("op='cpu' could not be compiled: a warning has said why; mend that, or say op='auto'")
     return op
 
 
 def direct(*xs: Tensor) -> bool:
     """Whether compiled code may take these tensors' memory at once, past torch's dispatcher, which costs more than a token's
-    whole step: on the CPU, with nobody to ask for gradients and nobody watching.
+    whole step: on the CPU, with nobody to ask for gradients, and neither autocast nor a compiler to have a
+    say in it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     wanted = torch.is_grad_enabled()
     for x in xs:

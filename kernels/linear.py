@@ -1,6 +1,7 @@
 """Matrices times a few rows: what a model does for each token it generates.
 
-On a CPU, up to ROWS rows run in csrc/linear.cpp at the speed of memory, if nobody will ask for gradients. All else is torch.
+On a CPU, up to ROWS rows run in csrc/linear.cpp at the speed of memory, if nobody will ask for gradients. All else is torch,
+where a processor without bfloat16 computes in float32.
 Shapes: ... any number of rows.
 """
 
@@ -23,7 +24,7 @@ _CODES = {"none": 0, "tanh": 1, "sigmoid": 2}
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight', summed in float32 where it is compiled.
+    """The product x weight', summed in float32 where it is compiled.
 
     Args:
         x: (..., in) float32 or bfloat16.
@@ -33,19 +34,43 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         (..., out) in the dtype of x.
     """
     size = x.shape[-1]
-    rows = x.numel() // size
-    if rows > ROWS or not rows or not direct(x, weight):
+    rows = x.numel() // size if size else 0
+    if not rows or not direct(x, weight):
         return linear_reference(x, weight)
+    if rows > ROWS:
+        return _widened(x, weight) if _slow_in(x) else linear_reference(x, weight)
     out = weight.shape[0]
     if weight.shape[1] != size:
         raise ValueError(f"weight is {tuple(weight.shape)}; for x {tuple(x.shape)} it must be (out, {size})")
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    build.function("rwkv_linear", "pppiiiiii")(
+    build.function("rwkv_linear", "9q")(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, size, out,
-        x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, torch.get_num_threads(),
+        x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, build.threads(),
     )  # fmt: skip
     return y
+
+
+def _slow_in(x: Tensor) -> bool:
+    """Whether the processor has no bfloat16 products, so that torch's are several times slower than in float32."""
+    if x.dtype is not torch.bfloat16:
+        return False
+    native = torch.empty(1, dtype=torch.int64)
+    build.function("rwkv_has_bf16", "q")(native.data_ptr())
+    return not native.item()
+
+
+def _widened(x: Tensor, weight: Tensor) -> Tensor:
+    """The product by float32 products, some rows of the weight at a time, lest all of it stands in memory twice as wide."""
+    y, wide = x.new_empty((*x.shape[:-1], len(weight))), x.float()
+    step = max(1, _WIDENED // x.shape[-1])
+    for i in range(0, len(weight), step):
+        y[..., i : i + step] = F.linear(wide, weight[i : i + step].float())
+    return y
+
+
+_WIDENED = 1 << 23
+"""Weights at a time: 32 MB."""
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,8 +78,10 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
-    """bias + activation(x down) up, RWKV's low-rank pairs.
+def low_rank(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none"
+) -> Tensor:
+    """A low-rank pair of RWKV: bias + activation(x down) up.
 
     Args:
         x: (..., in) float32 or bfloat16.
@@ -66,20 +93,27 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, ac
     Returns:
         (..., out) in the dtype of x.
     """
-    size, rank = down.shape
-    rows = x.numel() // size
+    size, rank = x.shape[-1], down.shape[1]
+    rows = x.numel() // size if size else 0
     given = (x, down, up) if bias is None else (x, down, up, bias)
-    if rows > ROWS or not rows or not direct(*given) or any(w.dtype != down.dtype for w in given[2:]):
+    if not rows or not direct(*given) or any(w.dtype != down.dtype for w in given[2:]):
         return low_rank_reference(x, down, up, bias, activation)
+    if rows > ROWS:
+        if not _slow_in(x):
+            return low_rank_reference(x, down, up, bias, activation)
+        return low_rank_reference(x.float(), down, up, bias, activation).to(x.dtype)
     out = up.shape[1]
-    if x.shape[-1] != size or up.shape[0] != rank or (bias is not None and bias.numel() != out):
-        raise ValueError(f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)} and bias do not fit together")
+    if down.shape[0] != size or up.shape[0] != rank or (bias is not None and bias.numel() != out):
+        shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
+        raise ValueError(
+            f"{shapes} and bias do not fit together; they must be (..., in), (in, rank), (rank, out), (out,)"
+        )
     x, down, up = x.contiguous(), down.contiguous(), up.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    build.function("rwkv_low_rank", "p" * 5 + "i" * 8)(
-        x.data_ptr(), down.data_ptr(), up.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), y.data_ptr(),
+    build.function("rwkv_low_rank", "13q")(
+        x.data_ptr(), down.data_ptr(), up.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr(),
         rows, size, rank, out, _CODES[activation],
-        x.dtype is torch.bfloat16, down.dtype is torch.bfloat16, torch.get_num_threads(),
+        x.dtype is torch.bfloat16, down.dtype is torch.bfloat16, build.threads(),
     )  # fmt: skip
     return y
 
@@ -88,5 +122,5 @@ def low_rank_reference(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none"
 ) -> Tensor:
     """The same by torch, with gradients, for any number of rows."""
-    y = _ACTIVATIONS[activation](x @ down.to(x.dtype)) @ up.to(x.dtype)
+    y: Tensor = _ACTIVATIONS[activation](x @ down.to(x.dtype)) @ up.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype).view(-1)

@@ -106,7 +106,7 @@ def _steps(log_decay: Tensor, exponents: Tensor, values: Tensor, p: Tensor, x: T
     for exponent in exponents:
         ps.append(torch.maximum(log_decay + ps[-1], exponent))
     p = torch.stack(ps)
-    keep = torch.exp(log_decay + p[:-1] - p[1:]).unsqueeze(-2)
+    keep = torch.exp(log_decay + (p[:-1] - p[1:])).unsqueeze(-2)  # in this order it undoes the rounding of p
     add = torch.exp(exponents - p[1:]).unsqueeze(-2) * values
     xs = x.new_empty(len(p), *x.shape)
     xs[0] = x
@@ -126,12 +126,12 @@ def _length(steps: int) -> int:
     return min(CHUNK, steps + 1)
 
 
-def _split(x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T, C) -> (L, chunks, B, C)."""
-    steps = x.shape[1]
+    batch, steps, channels = x.shape
     length = _length(steps)
-    x = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, length - steps % length), value=fill)
-    return x.unflatten(1, (-1, length)).permute(2, 1, 0, 3).contiguous()
+    x = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, length - steps % length))
+    return x.reshape(batch, -1, length, channels).permute(2, 1, 0, 3).contiguous()
 
 
 def _join(x: Tensor, like: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _average(k: Tensor, v: Tensor, u: Tensor, p: Tensor, x: Tensor) -> tuple[Ten
 @torch.library.custom_op("rwkv::wkv4", mutates_args=())
 def _forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and the state before each chunk (chunks, B, 3, C), kept for the backward."""
-    k_, v_ = _split(k, state.dtype, fill=NOTHING), _split(v, state.dtype)
+    k_, v_ = _split(k, state.dtype), _split(v, state.dtype)
     values = torch.stack((v_, torch.ones_like(v_)), -2)
     log_decay = -torch.exp(w.to(state.dtype))
     p, x = _starts(log_decay, k_, values, state[:, 2], state[:, :2])
@@ -176,18 +176,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, w, u and the first state. All sums are made again from the state before each chunk."""
     dtype = starts.dtype
-    k_, v_, dy_ = _split(k, dtype, fill=NOTHING), _split(v, dtype), _split(dy, dtype)
+    k_, v_, dy_ = _split(k, dtype), _split(v, dtype), _split(dy, dtype)
     values = torch.stack((v_, torch.ones_like(v_)), -2)
     log_decay = -torch.exp(w.to(dtype))
     p, x = (sums[:-1] for sums in _steps(log_decay, k_, values, starts[:, :, 2], starts[:, :, :2]))
     y, largest, here, weight = _average(k_, v_, u.to(dtype), p, x)
 
-    # The gradients of the sums, as e^q g. The last state's enter as what step T adds, those after it add nothing.
+    # The gradients of the sums, as e^q g. The last state's enter as what step T adds; the steps after it add 0.
     g = dy_ / weight
     exponents, entering = -largest, torch.stack((g, -g * y), -2)
     last = k.shape[1] % len(k_)
     exponents[last, -1], entering[last, -1] = -p[last, -1], dfinal[:, :2]
-    exponents[last + 1 :, -1] = NOTHING
     exponents, entering = exponents.flip(0, 1), entering.flip(0, 1)
     nothing = torch.full_like(p[0, 0], NOTHING), torch.zeros_like(x[0, 0])
     q, dx = _steps(log_decay, exponents, entering, *_starts(log_decay, exponents, entering, *nothing))

@@ -49,9 +49,7 @@ def wkv6(
         return y, final
 
 
-def wkv6_reference(
-    r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def wkv6_reference(r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The equations above, step by step, in the dtype of `state`. Slow, differentiable, and the truth."""
     dtype = r.dtype
     r, k, v, w_raw, u = (x.to(state.dtype) for x in (r, k, v, w_raw, u))
@@ -124,8 +122,9 @@ def _levels(r: Tensor, k: Tensor, decay: Tensor) -> Iterator[_Level]:
         if size == len(step):
             return
         first, second = whole[:, 0::2, None], whole[:, 1::2, None]
-        _shrink(start.unflatten(1, (-1, 2, size))[:, :, 1], first)
-        _shrink(end.unflatten(1, (-1, 2, size))[:, :, 0], second)
+        halves = (len(r), -1, 2, size, r.shape[-1])
+        _shrink(start.view(halves)[:, :, 1], first)
+        _shrink(end.view(halves)[:, :, 0], second)
         whole = (first * second).squeeze(2)
         torch.mul(r, start, out=read)
         torch.mul(k, end, out=write)
@@ -137,7 +136,7 @@ def _shrink(x: Tensor, factor: Tensor) -> None:
 
     CPUs are slow at others: without this, the forward took five times as long where the decays were strong.
     """
-    torch.nn.functional.threshold_(x.mul_(factor), torch.finfo(x.dtype).tiny ** 0.5, 0.0)
+    torch.threshold_(x.mul_(factor), torch.finfo(x.dtype).tiny ** 0.5, 0.0)
 
 
 def _length(steps: int) -> int:
@@ -146,15 +145,16 @@ def _length(steps: int) -> int:
 
 def _split(x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
     """(B, T, H, N) -> (chunks * B * H, L, N), T filled up with steps that change nothing."""
-    length = _length(x.shape[1])
-    x = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, -x.shape[1] % length), value=fill)
-    return x.unflatten(1, (-1, length)).permute(1, 0, 3, 2, 4).flatten(0, 2)
+    batch, steps, heads, size = x.shape
+    length = _length(steps)
+    x = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, -steps % length), value=fill)
+    return x.reshape(batch, -1, length, heads, size).permute(1, 0, 3, 2, 4).reshape(-1, length, size)
 
 
 def _join(x: Tensor, like: Tensor) -> Tensor:
     """(chunks * B * H, L, N) -> the shape and dtype of `like`, (B, T, H, N)."""
-    batch, steps, heads, _ = like.shape
-    x = x.unflatten(0, (-1, batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :steps]
+    batch, steps, heads, size = like.shape
+    x = x.view(-1, batch, heads, x.shape[1], size).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :steps]
     return x.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -168,9 +168,7 @@ def _split_all(
 
 
 @torch.library.custom_op("rwkv::wkv6", mutates_args=())
-def _forward(
-    r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and the states before and between chunks and after, (chunks + 1, B * H, N, N)."""
     r_, k_, v_, rate, u_ = _split_all(r, k, v, w_raw, u, state.dtype)
     decay = torch.exp(-rate)
@@ -180,8 +178,8 @@ def _forward(
 
     # `level` is now the whole chunk.
     rows = state.flatten(0, 1)
-    whole = (level.start[:, -1:] * decay[:, -1:]).unflatten(0, (-1, len(rows)))
-    values, writes = (x.unflatten(0, (-1, len(rows))) for x in (v_, level.write))
+    whole = level.start[:, -1:] * decay[:, -1:]
+    whole, values, writes = (x.view(-1, len(rows), *x.shape[1:]) for x in (whole, v_, level.write))
     states = state.new_empty(len(whole) + 1, *rows.shape)
     states[0] = rows
     for n in range(len(whole)):
@@ -214,7 +212,7 @@ def _backward(
     dscores = dy_ @ v_.mT
     dbonus = dscores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     dr, dk = u_ * k_ * dbonus, u_ * r_ * dbonus
-    du = (r_ * k_ * dbonus).sum(1).unflatten(0, (-1, len(u))).sum(0)
+    du = (r_ * k_ * dbonus).sum(1).view(-1, *u.shape).sum(0)
     dlog_decay = torch.zeros_like(decay)
     dread, dwrite = torch.empty_like(decay), torch.empty_like(decay)
 
@@ -236,7 +234,7 @@ def _backward(
     # `level` is now the whole chunk. The gradient of the state passes backwards as D = D' whole + dy' read.
     rows = dfinal.flatten(0, 1)
     whole = level.start[:, -1:] * decay[:, -1:]
-    by_chunk, dys, reads = (x.unflatten(0, (-1, len(rows))) for x in (whole, dy_, level.read))
+    by_chunk, dys, reads = (x.view(-1, len(rows), *x.shape[1:]) for x in (whole, dy_, level.read))
     grads = torch.empty_like(states)
     grads[-1] = rows
     for n in reversed(range(len(by_chunk))):

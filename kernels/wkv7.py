@@ -304,8 +304,8 @@ def _run_cpu_forward(
     state = state.contiguous()
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
     before = state.new_empty((batch * heads, -(-steps // CHUNK) if keep else 0, size, size))
-    build.function("rwkv_wkv7_forward", "p" * 10 + "i" * 6)(
-        *(x.data_ptr() for x in inputs), state.data_ptr(), y.data_ptr(), final.data_ptr(), before.data_ptr() or None,
+    build.function("rwkv_wkv7_forward", "16q")(
+        *(x.data_ptr() for x in inputs), state.data_ptr(), y.data_ptr(), final.data_ptr(), before.data_ptr(),
         batch, steps, heads, size, _bf16_bits(inputs), build.threads(),
     )  # fmt: skip
     return y, final, before
@@ -341,7 +341,7 @@ def _cpu_backward(
     inputs = [_readable(x) for x in (r, w_raw, k, v, a, b)]
     dy, dfinal = dy.to(inputs[0].dtype).contiguous(), dfinal.contiguous()
     grads = [torch.empty_like(x) for x in (*inputs, dfinal)]
-    build.function("rwkv_wkv7_backward", "p" * 16 + "i" * 6)(
+    build.function("rwkv_wkv7_backward", "22q")(
         *(x.data_ptr() for x in (*inputs, before, dy, dfinal, *grads)),
         batch, steps, heads, size, _bf16_bits(inputs), build.threads(),
     )  # fmt: skip

@@ -27,8 +27,8 @@ _PREFIXES = ("_forward_module.", "base_model.model.", "model.")  # DeepSpeed's, 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, on the CPU, in their dtypes, mapped rather than loaded where possible.
 
-    They are in the order of the .pth file, or of the official one where the form keeps none. Prefixes that trainers leave before
-    the names are removed.
+    They are in the order of the .pth file, or of the official one where the form keeps none. Prefixes that trainers leave
+    before the names are removed.
 
     Args:
         path: a .pth, .safetensors, web-rwkv's .st, a Hugging Face folder, or a part or the index or the folder of one in parts.
@@ -38,6 +38,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     files, promised = parts.find(path)
     tensors: dict[str, Tensor] = {}
+    ordered = len(files) == 1 and files[0].suffix not in container.SAFETENSORS
     for file in files:
         held = container.read(file)
         for name, x in held.items():
@@ -45,6 +46,7 @@ def read(path: Path) -> dict[str, Tensor]:
                 if official in tensors:
                     raise InputError(f"{file}: {name!r}", "two entries are this tensor", "give the model file itself")
                 tensors[official] = y
+                ordered &= name.endswith(official)
         promised -= held.keys()
     if promised:
         some = ", ".join(sorted(promised)[:3])
@@ -52,8 +54,7 @@ def read(path: Path) -> dict[str, Tensor]:
     extension = files[0].suffix
     if extension in container.SAFETENSORS and web_rwkv.is_one(tensors, extension):
         tensors = web_rwkv.to_official(tensors, path)
-    kept = len(files) == 1 and extension not in container.SAFETENSORS
-    return tensors if kept else order.official(tensors)
+    return tensors if ordered else order.official(tensors)
 
 
 def _stripped(name: str) -> str:

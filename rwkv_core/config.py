@@ -32,6 +32,9 @@ class DataConfig(Config):
     source: Path
     """A .jsonl file: one JSON object a line, with a "text" field."""
 
+    tokenizer: str
+    """world, bytes (a vocabulary of 256), or the path of the 20B_tokenizer.json of RWKV-4's Pile models."""
+
     holdout: HoldoutConfig
 
 
@@ -41,8 +44,8 @@ class ModelConfig(Config):
     base: Path
     """An RWKV-4, 5, 6 or 7 checkpoint: .pth, .safetensors, .st, or a folder. Version, sizes and ranks are read from it."""
 
-    head_size_divisor: float = Field(gt=0)
-    """What the model was pretrained with: the one number that a checkpoint does not tell. 8, but 1 for some small models."""
+    head_size_divisor: Annotated[float, Field(gt=0)] | None
+    """What the model was pretrained with, which its tensors do not tell. null: what its config.json says, else 8."""
 
     op: Literal["auto", "cpu", "torch", "reference"]
     """Implementation of the WKV operator. auto: the fastest that works here."""

@@ -1,18 +1,23 @@
-"""The RWKV World tokenizer: at each byte, the longest vocabulary entry that the remaining bytes begin with.
+"""Text to tokens and back: RWKV World's vocabulary, that of the older Pile models, and plain bytes.
 
-65529 entries have the ids 1 to 65529; 0 marks the end of a document and has no bytes. The vocabulary comes with the
-`pyrwkv-tokenizer` package, whose encoder is used: it is thirty times as fast as one in Python. Its decoder is not: it aborts on
-half a character. The table here decodes, counts bytes, and checks the encoder when the tokenizer is loaded.
+In each, 0 marks the end of a document and has no bytes. A table of the bytes of every id decodes, and counts bytes.
+
+World: at each byte, the longest vocabulary entry that the remaining bytes begin with. 65529 entries have the ids 1 to 65529.
+They come with the `pyrwkv-tokenizer` package, whose encoder is used: it is thirty times as fast as one in Python. Its decoder
+is not: it aborts on half a character. The table checks the encoder when the tokenizer is loaded.
+
+Pile: the byte-level BPE of GPT-NeoX-20B, from the 20B_tokenizer.json that its user has, encoded by the `tokenizers` package.
 """
 
 import ast
 import functools
 import hashlib
 import importlib.util
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rwkv_core.errors import WorldError
+from rwkv_core.errors import InputError, WorldError
 
 END = 0
 """Token after each document, and before the first."""
@@ -20,14 +25,17 @@ END = 0
 VOCAB_SIZE = 65536
 """Rows of a World model's embedding; ids above 65529 are free."""
 
+_PILE_SIZES = range(50277, 50433)  # 50277 ids; some models' rows are filled up to a multiple of 128
+
 _VOCABULARY = "rwkv_vocab_v20230424.txt"
 _DIGEST = "e8e7025bfbfa9c6e071fa66e7539d655133c2cfabe9b1a9c72a98e2114b35dc5"
 
-# Where a greedy tokenizer can go wrong: seams of blanks and newlines, roles, long runs, several scripts, raw bytes.
+# Where a tokenizer can go wrong: seams of blanks and newlines, roles, long runs, several scripts, each single character.
 _PROBES = (
     "User: What is it?\n\nAssistant:** A list\n\n- one\n- two\n\n\n",
     "def f(x):\n        return x ** 2  # 平方\r\n\t\t\tpass" + " " * 200,
     "。\n\nUser: 你好，世界！ Привет, мир. こんにちは 🦅🪿 e\u0301 \x00\x01\x7f \u200b<|endoftext|>",
+    "".join(map(chr, range(0x180))),
 )
 
 
@@ -114,3 +122,118 @@ def greedy_encoder(table: Sequence[bytes]) -> Callable[[str], list[int]]:
         return out
 
     return encode
+
+
+@functools.cache
+def bytes_tokenizer() -> Tokenizer:
+    """A token for each byte, 256 in all; but 0 is the end here too, so the character U+0000 has no token.
+
+    Its `encode` raises an InputError for text that has one.
+    """
+
+    def encode(text: str) -> list[int]:
+        if "\0" in text:
+            raise InputError(f"U+0000 at character {text.index(chr(0))}", "0 is the end of a document", "remove it")
+        return list(text.encode())
+
+    return Tokenizer((b"", *(bytes([byte]) for byte in range(1, 256))), encode)
+
+
+@functools.cache
+def pile(file: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizers` file: 20B_tokenizer.json, of the Pile and Raven models, or another byte-level BPE.
+
+    Text never becomes token 0: "<|endoftext|>" in it is encoded as the characters it consists of. The 20B tokenizer brings text
+    into Unicode's form NFC before it encodes.
+
+    Raises:
+        InputError: there is no such file, or it has no byte-level BPE whose token 0 is <|endoftext|>.
+        WorldError: the package is missing.
+    """
+    if importlib.util.find_spec("tokenizers") is None:
+        raise WorldError("tokenizers", f"the package that reads {file} is missing", "pip install 'rwkv-flow[pile]'")
+    import tokenizers
+
+    if not file.is_file():
+        raise InputError(str(file), "no tokenizer is there", "correct the path, or download 20B_tokenizer.json to it")
+    try:
+        bpe = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing more special
+        raise InputError(f"{file} ({error})", "must be a file of the tokenizers package", "download it again") from None
+    bpe.encode_special_tokens = True  # True: as ordinary text
+    added = bpe.get_added_tokens_decoder()
+    if END not in added or added[END].content != "<|endoftext|>":
+        raise InputError(str(file), "its token 0 must be <|endoftext|>", "give the 20B_tokenizer.json of RWKV-4 Pile")
+    table, byte_of = [b""] * bpe.get_vocab_size(), _byte_characters()
+    try:
+        for token, i in bpe.get_vocab().items():
+            if i not in added:
+                table[i] = bytes(byte_of[character] for character in token)
+    except KeyError:
+        raise InputError(f"{file}: {token!r}", "is no token of a byte-level BPE", "give 20B_tokenizer.json") from None
+    for i, special in added.items():
+        table[i] = b"" if special.special else special.content.encode()
+    tokenizer = Tokenizer(tuple(table), lambda text: bpe.encode(text, add_special_tokens=False).ids)
+    for probe in _PROBES:
+        if tokenizer.decode(tokenizer.encode(probe)) not in (probe, unicodedata.normalize("NFC", probe)):
+            raise InputError(f"{file}: {probe[:20]!r}...", "does not decode to itself", "give 20B_tokenizer.json")
+    return tokenizer
+
+
+def named(name: str) -> Tokenizer:
+    """The tokenizer that a setting names: "world", "bytes", or the path of a `tokenizers` file; errors as of each."""
+    match name:
+        case "world":
+            return world()
+        case "bytes":
+            return bytes_tokenizer()
+        case _:
+            return pile(Path(name))
+
+
+def for_vocabulary(size: int, file: Path | None = None) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        size: rows of its embedding, `vocab_size`; 0 where it is not known: World, if no file says otherwise.
+        file: of the `tokenizers` package; None where the size says enough.
+
+    Returns:
+        With a table of `size` entries.
+
+    Raises:
+        InputError: the size tells no tokenizer and there is no file, or the file has more tokens than the model.
+        WorldError: what the tokenizer comes with is missing.
+    """
+    if file is not None:
+        tokenizer = pile(file)
+        if 0 < size < len(tokenizer.table):
+            raise InputError(
+                f"{file} has {len(tokenizer.table)} tokens", f"the model has {size}", "give the tokenizer of this model"
+            )
+        free = [b""] * (size - len(tokenizer.table))  # rows that fill the embedding up
+        return Tokenizer((*tokenizer.table, *free), tokenizer.encode)
+    if size in (0, VOCAB_SIZE):
+        return world()
+    if size == 256:
+        return bytes_tokenizer()
+    if size in _PILE_SIZES:
+        raise InputError(
+            f"a vocabulary of {size}",
+            "is that of the Pile models, whose tokenizer is a file",
+            "give their 20B_tokenizer.json",
+        )
+    raise InputError(
+        f"a vocabulary of {size}", f"known are {VOCAB_SIZE} (World) and 256 (bytes)", "give the tokenizer's file"
+    )
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters by which a byte-level BPE writes the 256 bytes.
+
+    Source: openai/gpt-2, src/encoder.py: the visible Latin-1 characters stand for themselves, and those from U+0100 on for the
+    other bytes, in order.
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -15,7 +15,7 @@ from rwkv_core.evaluate import Scores
 from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import generate
-from rwkv_core.tokenizer import world
+from rwkv_core.tokenizer import Tokenizer, named
 from tasks import stage, tracking
 from tasks.params import Params, load
 
@@ -23,14 +23,14 @@ from tasks.params import Params, load
 def evaluate() -> None:
     """Base, outputs/merged and outputs/data -> outputs/evaluate: report.html and all that is in it."""
     params = load()
-    settings, documents = params.evaluate, Documents(stage.DATA / "valid")
+    settings, documents, tokenizer = params.evaluate, Documents(stage.DATA / "valid"), named(params.data.tokenizer)
     prompts = [
         *settings.samples.prompts,
-        *evaluation.held_out_prompts(documents, world(), settings.samples.held_out),
+        *evaluation.held_out_prompts(documents, tokenizer, settings.samples.held_out),
     ]
     scores, texts = {}, {}
     for name, path in (("base", params.model.base), ("tuned", stage.MODEL)):  # one in memory at a time
-        scores[name], texts[name] = _judge(name, path, documents, prompts, params)
+        scores[name], texts[name] = _judge(name, path, documents, tokenizer, prompts, params)
     comparison = evaluation.compare(
         scores["base"],
         scores["tuned"],
@@ -62,12 +62,17 @@ def evaluate() -> None:
     print(f"{report.verdict(comparison)} The report is {stage.EVALUATE / 'report.html'}")
 
 
-def _judge(name: str, path: Path, documents: Documents, prompts: list[str], params: Params) -> tuple[Scores, list[str]]:
+def _judge(
+    name: str, path: Path, documents: Documents, tokenizer: Tokenizer, prompts: list[str], params: Params
+) -> tuple[Scores, list[str]]:
     import torch
 
     settings, device = params.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
-    model = models.load(path, dtype=dtype, device=device, **params.model.how()).eval()
+    divisor = models.divisor(
+        params.model.base, params.model.head_size_divisor
+    )  # merged, the base's config.json is lost
+    model = models.load(path, dtype=dtype, device=device, op=params.model.op, head_size_divisor=divisor).eval()
     shown = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -77,7 +82,7 @@ def _judge(name: str, path: Path, documents: Documents, prompts: list[str], para
             shown = time.monotonic()
 
     scores = evaluation.score(
-        model, documents, world(), ctx_len=settings.ctx_len, batch=settings.batch, progress=progress
+        model, documents, tokenizer, ctx_len=settings.ctx_len, batch=settings.batch, progress=progress
     )
     wanted = settings.samples
     sampling = Sampling(
@@ -85,7 +90,9 @@ def _judge(name: str, path: Path, documents: Documents, prompts: list[str], para
     )
     texts = [
         continuation.text
-        for continuation in generate(model, world(), prompts, sampling, ctx_len=settings.ctx_len, batch=settings.batch)
+        for continuation in generate(
+            model, tokenizer, prompts, sampling, ctx_len=settings.ctx_len, batch=settings.batch
+        )
     ]
     return scores, texts
 

@@ -6,6 +6,7 @@ from typing import Any
 from rwkv_core.data.prepare import SIDES
 from rwkv_core.data.prepare import prepare as prepare_data
 from rwkv_core.files import whole_folder, write_json
+from rwkv_core.tokenizer import named
 from tasks import stage
 from tasks.params import load
 
@@ -15,7 +16,8 @@ def prepare() -> None:
     params = load()
     data = params.data
     with whole_folder(stage.DATA) as out:
-        manifest = prepare_data(data.source, data.holdout.fraction, data.holdout.group, out)
+        tokenizer = named(data.tokenizer)
+        manifest = prepare_data(data.source, data.holdout.fraction, data.holdout.group, tokenizer, out)
         write_json(out / "metrics.json", _metrics(manifest))
         with (out / "lengths.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)

@@ -15,6 +15,7 @@ from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.sampling import PackedRows
+from rwkv_core.errors import InputError
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import Result, fit
@@ -40,6 +41,12 @@ def train() -> None:
     # an adapter leaves the base as it is, so bf16 training can hold it in bf16; the adapter itself is float32
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
     model = models.load(params.model.base, dtype=dtype, **params.model.how())
+    if manifest["vocabulary"]["size"] > model.config.vocab_size:
+        raise InputError(
+            f"data.tokenizer = {params.data.tokenizer} of {manifest['vocabulary']['size']} tokens",
+            f"{params.model.base} has a vocabulary of {model.config.vocab_size}",
+            "set the tokenizer of this model",
+        )
     adapted = attach(model, params.adapter, params.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     print(

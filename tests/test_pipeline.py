@@ -53,11 +53,11 @@ def test_another_rank_trains_again_and_prepares_nothing(project):
 @pytest.mark.parametrize(
     ("file", "stale"),
     [
-        ("rwkv_core/export/web_rwkv.py", {"export"}),
+        ("rwkv_core/export.py", {"export"}),
         ("rwkv_core/data/sampling.py", {"train"}),
         ("rwkv_core/report.html.j2", {"evaluate"}),
         ("rwkv_core/merge.py", {"merge"}),
-        ("rwkv_core/generate.py", {"evaluate"}),
+        ("rwkv_core/generation/text.py", {"evaluate"}),
         ("kernels/wkv7.py", {"train", "evaluate"}),
         ("rwkv_core/files.py", set(STAGES)),
         ("README.md", set()),

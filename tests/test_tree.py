@@ -14,8 +14,8 @@ OURS = ("kernels", "rwkv_core", "tasks", "flows", "demo")
 MAY_IMPORT = {
     "kernels": {"torch", "triton"},
     "rwkv_core": {
-        "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tqdm",
-        "matplotlib", "jinja2",
+        "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
+        "tqdm", "matplotlib", "jinja2",
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch",

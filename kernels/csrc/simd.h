@@ -7,6 +7,7 @@
 #include <memory>
 
 #define INLINE inline __attribute__((always_inline))
+#define APART __attribute__((noinline))  // of what is long: copies of it in every caller would only slow the compiler
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -59,6 +60,12 @@ INLINE void store(T* p, floats x, int64_t n) {
     T all[WIDTH];
     store(all, x);
     std::memcpy(p, all, n * sizeof(T));
+}
+
+// The first n of sixteen, the rest zero.
+INLINE floats first(floats x, int64_t n) {
+    const ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return n >= WIDTH ? x : (index < int32_t(n) ? x : floats{});
 }
 
 INLINE floats fill(float x) { return floats{} + x; }
@@ -137,4 +144,21 @@ using Buffer = std::unique_ptr<float[], Free>;
 
 inline Buffer buffer(int64_t size) {
     return Buffer(static_cast<float*>(std::aligned_alloc(64, round_up(size) * sizeof(float))));
+}
+
+// Calls f with p as what it points to.
+template <typename F>
+INLINE void with_type(bool is_bf16, const void* p, F f) {
+    if (is_bf16)
+        f(static_cast<const bf16*>(p));
+    else
+        f(static_cast<const float*>(p));
+}
+
+template <typename F>
+INLINE void with_type(bool is_bf16, void* p, F f) {
+    if (is_bf16)
+        f(static_cast<bf16*>(p));
+    else
+        f(static_cast<float*>(p));
 }

@@ -8,13 +8,12 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "rows7.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 16;
 constexpr int64_t LANES = 64;               // values that are swept together: four vectors and their sums fit the registers
-constexpr float LOG_DECAY_MIN = -0.60653066f;  // of one step: -exp(-1/2)
 
 enum Input { R, W, K, V, A, B, INPUTS };
 
@@ -33,22 +32,6 @@ struct Inputs {
     const void* data[INPUTS];
     int64_t is_bf16;  // a bit for each
 };
-
-template <typename F>
-INLINE void with_type(bool is_bf16, const void* p, F f) {
-    if (is_bf16)
-        f(static_cast<const bf16*>(p));
-    else
-        f(static_cast<const float*>(p));
-}
-
-template <typename F>
-INLINE void with_type(bool is_bf16, void* p, F f) {
-    if (is_bf16)
-        f(static_cast<bf16*>(p));
-    else
-        f(static_cast<float*>(p));
-}
 
 // One row of an input, `count` values from `first`, as floats in a padded row.
 INLINE void fetch(const Inputs& in, Input which, int64_t first, int64_t count, float* to) {
@@ -69,11 +52,6 @@ INLINE void put(void* to, bool is_bf16, int64_t first, int64_t count, const floa
     });
 }
 
-// Raw decays to decays, a padded row in place.
-INLINE void squash(float* w, int64_t padded) {
-    for (int64_t i = 0; i < padded; i += WIDTH) store(w + i, exp(LOG_DECAY_MIN * sigmoid(load(w + i))));
-}
-
 // `count` values from `first` on of (N, N), value by key, to S[key][lane] and back.
 void enter(const float* state, const Shape& s, int64_t first, int64_t count, float* S, int64_t lanes) {
     std::fill(S, S + s.padded() * lanes, 0.0f);
@@ -87,7 +65,7 @@ void leave(const float* S, const Shape& s, int64_t first, int64_t count, float* 
 }
 
 // What a step reads: rows over the keys.
-struct Step {
+struct Keys {
     const float *r, *decay, *k, *b;
     const float* next_a;
 };
@@ -102,7 +80,7 @@ INLINE void look_up(const float* S, int64_t keys, const float* a, float* removed
 }
 
 template <int Q>
-INLINE void advance(const float* from, float* to, int64_t keys, const Step& x, const float* v, float* removed, float* y) {
+INLINE void advance(const float* from, float* to, int64_t keys, const Keys& x, const float* v, float* removed, float* y) {
     floats u[Q], next[Q] = {}, out[Q] = {}, value[Q];
     for (int q = 0; q < Q; q++) u[q] = load(removed + q * WIDTH), value[q] = load(v + q * WIDTH);
     for (int64_t j = 0; j < keys; j++) {
@@ -155,39 +133,15 @@ void forward(const Inputs& in, const Shape& s, int64_t head, int64_t first, int6
     leave(S, s, first, count, final + head * square, lanes);
 }
 
-// One step of one head whose N is a multiple of 16, on the state as it lies: for a step alone, turning it would cost more.
+// One step of one head whose N is a multiple of 16.
 void forward_1(const Inputs& in, const Shape& s, int64_t head, const float* state, void* y, float* final) {
-    const int64_t n = s.size, row = s.row(head, 0);
-    const Buffer scratch = buffer(7 * n);
-    float *const r = scratch.get(), *const decay = r + n, *const k = r + 2 * n, *const v = r + 3 * n, *const a = r + 4 * n,
-                 *const b = r + 5 * n, *const out = r + 6 * n;
-    fetch(in, R, row, n, r);
-    fetch(in, W, row, n, decay);
-    squash(decay, n);
-    fetch(in, K, row, n, k);
-    fetch(in, V, row, n, v);
-    fetch(in, A, row, n, a);
-    fetch(in, B, row, n, b);
-    for (int64_t i = 0; i < n; i += WIDTH) {
-        const float* const from = state + (head * n + i) * n;
-        float* const to = final + (head * n + i) * n;
-        floats part[WIDTH] = {};
-        for (int l = 0; l < WIDTH; l++)
-            for (int64_t j = 0; j < n; j += WIDTH) part[l] += load(from + l * n + j) * load(a + j);
-        alignas(64) float removed[WIDTH];
-        store(removed, sums(part));
-        for (int l = 0; l < WIDTH; l++) {
-            part[l] = floats{};
-            for (int64_t j = 0; j < n; j += WIDTH) {
-                floats x = load(from + l * n + j) * load(decay + j);
-                x += removed[l] * load(b + j);
-                x += v[i + l] * load(k + j);
-                store(to + l * n + j, x);
-                part[l] += x * load(r + j);
-            }
-        }
-        store(out + i, sums(part));
-    }
+    const int64_t n = s.size, row = s.row(head, 0), square = n * n;
+    const Buffer scratch = buffer((INPUTS + 1) * n);
+    float* const x = scratch.get();
+    for (int i = 0; i < INPUTS; i++) fetch(in, Input(i), row, n, x + i * n);
+    squash(x + W * n, n);
+    float* const out = x + INPUTS * n;
+    step(n, x + R * n, x + W * n, x + K * n, x + V * n, x + A * n, x + B * n, state + head * square, final + head * square, out);
     put(y, in.is_bf16 >> R & 1, row, n, out);
 }
 
@@ -200,7 +154,7 @@ struct Gradient {
 // before (ABOVE), then takes the step t itself, of which S_t is the state after (AT): S is read once for both.
 template <int Q, bool ABOVE, bool AT>
 INLINE void sweep(const float* S, float* G, int64_t keys, const float* above_decay, const float* above_a,
-                  const float* above_dremoved, float* above_da, const Step& x, const float* dy, const float* v,
+                  const float* above_dremoved, float* above_da, const Keys& x, const float* dy, const float* v,
                   const float* removed, float* dv, float* dremoved, const Gradient& d, float* anchor) {
     floats du_above[Q], dout[Q], value[Q], u[Q], dvalue[Q] = {}, du[Q] = {};
     for (int q = 0; q < Q; q++) {
@@ -256,7 +210,7 @@ void backward_chunk(const Rows& x, int64_t steps, int64_t keys, int64_t first, f
     const int64_t whole = keys * lanes;
     const auto step = [&](int64_t t) {
         const int64_t at = t * keys;
-        return Step{x.r + at, x.decay + at, x.k + at, x.b + at, x.a + (t + 1 < steps ? at + keys : at)};
+        return Keys{x.r + at, x.decay + at, x.k + at, x.b + at, x.a + (t + 1 < steps ? at + keys : at)};
     };
     alignas(64) float y[lanes], u[lanes], dremoved[2][lanes];
     look_up<Q>(states, keys, x.a, u);
@@ -355,39 +309,57 @@ void backward(const Inputs& in, const Shape& s, int64_t head, const float* befor
 // r, w_raw, k, v, a, b: (B, T, H, N) contiguous, each float32 or bfloat16: `is_bf16` has a bit for each, from the lowest.
 // y: the same, in the dtype of r. state, final: (B, H, N, N) float32, value by key.
 // before: (B, H, chunks, N, N) float32, key by value, the states before steps 0, 16, ...; null if nobody will ask.
-extern "C" void rwkv_wkv7_forward(const void* r, const void* w_raw, const void* k, const void* v, const void* a, const void* b,
-                                  const float* state, void* y, float* final, float* before, int64_t batch, int64_t steps,
-                                  int64_t heads, int64_t size, int64_t is_bf16, int64_t threads) {
-    const Inputs in{{r, w_raw, k, v, a, b}, is_bf16};
-    const Shape s{batch, steps, heads, size};
-    if (steps == 1 && !before && size % WIDTH == 0) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t head = 0; head < batch * heads; head++) forward_1(in, s, head, state, y, final);
+struct Wkv7Forward {
+    const void* inputs[INPUTS];
+    const float* state;
+    void* y;
+    float *final, *before;
+    Shape shape;
+    int64_t is_bf16, threads;
+};
+
+extern "C" void rwkv_wkv7_forward(const Wkv7Forward* f) {
+    Inputs in{{}, f->is_bf16};
+    std::copy(f->inputs, f->inputs + INPUTS, in.data);
+    const Shape s = f->shape;
+    const int64_t all = s.batch * s.heads;
+    if (s.steps == 1 && !f->before && s.size % WIDTH == 0) {
+#pragma omp parallel for num_threads(f->threads) schedule(static)
+        for (int64_t head = 0; head < all; head++) forward_1(in, s, head, f->state, f->y, f->final);
         return;
     }
     int64_t lanes = std::min(s.padded(), LANES);
-    while (lanes > WIDTH && batch * heads * ((size + lanes - 1) / lanes) < threads) lanes = round_up(lanes / 2);
-    const int64_t slices = (size + lanes - 1) / lanes;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < batch * heads * slices; i++) {
-        const int64_t head = i / slices, first = i % slices * lanes, count = std::min(lanes, size - first);
+    while (lanes > WIDTH && all * ((s.size + lanes - 1) / lanes) < f->threads) lanes = round_up(lanes / 2);
+    const int64_t slices = (s.size + lanes - 1) / lanes;
+#pragma omp parallel for num_threads(f->threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < all * slices; i++) {
+        const int64_t head = i / slices, first = i % slices * lanes, count = std::min(lanes, s.size - first);
+        const auto run = [&](auto g) { g(in, s, head, first, count, f->state, f->y, f->final, f->before); };
         switch (lanes / WIDTH) {
-            case 1: forward<1>(in, s, head, first, count, state, y, final, before); break;
-            case 2: forward<2>(in, s, head, first, count, state, y, final, before); break;
-            case 3: forward<3>(in, s, head, first, count, state, y, final, before); break;
-            default: forward<4>(in, s, head, first, count, state, y, final, before);
+            case 1: run(forward<1>); break;
+            case 2: run(forward<2>); break;
+            case 3: run(forward<3>); break;
+            default: run(forward<4>);
         }
     }
 }
 
 // dy: like y. dfinal, dstate: like state. The gradients of r to b: each like its input.
-extern "C" void rwkv_wkv7_backward(const void* r, const void* w_raw, const void* k, const void* v, const void* a, const void* b,
-                                   const float* before, const void* dy, const float* dfinal, void* dr, void* dw_raw, void* dk,
-                                   void* dv, void* da, void* db, float* dstate, int64_t batch, int64_t steps, int64_t heads,
-                                   int64_t size, int64_t is_bf16, int64_t threads) {
-    const Inputs in{{r, w_raw, k, v, a, b}, is_bf16};
-    const Shape s{batch, steps, heads, size};
-    void* const grads[INPUTS] = {dr, dw_raw, dk, dv, da, db};
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t head = 0; head < batch * heads; head++) backward(in, s, head, before, dy, dfinal, grads, dstate);
+struct Wkv7Backward {
+    const void* inputs[INPUTS];
+    const float* before;
+    const void* dy;
+    const float* dfinal;
+    void* grads[INPUTS];
+    float* dstate;
+    Shape shape;
+    int64_t is_bf16, threads;
+};
+
+extern "C" void rwkv_wkv7_backward(const Wkv7Backward* f) {
+    Inputs in{{}, f->is_bf16};
+    std::copy(f->inputs, f->inputs + INPUTS, in.data);
+#pragma omp parallel for num_threads(f->threads) schedule(dynamic, 1)
+    for (int64_t head = 0; head < f->shape.batch * f->shape.heads; head++)
+        backward(in, f->shape, head, f->before, f->dy, f->dfinal, f->grads, f->dstate);
 }

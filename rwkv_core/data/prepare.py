@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rwkv_core import tokenizer
 from rwkv_core.data.binidx import Writer
 from rwkv_core.data.source import rows
 from rwkv_core.errors import InputError
 from rwkv_core.files import write_json
+from rwkv_core.tokenizer import END, Tokenizer
 
 SIDES = ("train", "valid")
 
@@ -19,7 +19,7 @@ def held_out(group: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8]) < fraction * 2**64
 
 
-def prepare(source: Path, fraction: float, group: str | None, out: Path) -> dict[str, Any]:
+def prepare(source: Path, fraction: float, group: str | None, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
     """Tokenize `source` into `out`/train.bin, .idx and `out`/valid.bin, .idx. Memory does not grow with the text.
 
     Each document ends with token 0. Rows whose text is empty are dropped and counted, so the counts add up.
@@ -28,6 +28,7 @@ def prepare(source: Path, fraction: float, group: str | None, out: Path) -> dict
         source: a .jsonl file.
         fraction: share of the groups to hold out.
         group: field of a row that names its group; a row without it is a group of its own, named by its text.
+        tokenizer: of the model to train.
         out: an existing folder.
 
     Returns:
@@ -37,7 +38,6 @@ def prepare(source: Path, fraction: float, group: str | None, out: Path) -> dict
     Raises:
         InputError: a row can't be read (see `source.rows`), or a side would be empty.
     """
-    world = tokenizer.world()
     sha = hashlib.sha256()
     writers = {side: Writer(out / side) for side in SIDES}
     sides = {side: {"documents": 0, "tokens": 0, "bytes": 0, "longest": 0} for side in SIDES}
@@ -50,7 +50,7 @@ def prepare(source: Path, fraction: float, group: str | None, out: Path) -> dict
             continue
         ungrouped += row.group is None
         side = SIDES[held_out(row.text if row.group is None else row.group, fraction)]
-        tokens = [*world.encode(row.text), tokenizer.END]
+        tokens = [*tokenizer.encode(row.text), END]
         writers[side].add(tokens)
         count = sides[side]
         count["documents"] += 1
@@ -71,7 +71,7 @@ def prepare(source: Path, fraction: float, group: str | None, out: Path) -> dict
             )
     manifest = {
         "source": {"path": str(source), "sha256": sha.hexdigest(), "rows": total, "dropped_empty": dropped},
-        "vocabulary": {"sha256": world.digest, "size": tokenizer.VOCAB_SIZE},
+        "vocabulary": {"sha256": tokenizer.digest, "size": len(tokenizer.table)},
         "holdout": {"fraction": fraction, "group": group, "rows_without_group": ungrouped},
         **{side: sides[side] | {"lengths": dict(sorted(lengths[side].items()))} for side in SIDES},
     }

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.choice import Op
 from rwkv_core import checkpoint
 from rwkv_core.errors import InputError
+from rwkv_core.formats import huggingface
 from rwkv_core.models.rwkv4 import RWKV4
 from rwkv_core.models.rwkv5 import RWKV5
 from rwkv_core.models.rwkv6 import RWKV6
@@ -63,13 +64,22 @@ def version_of(tensors: Mapping[str, Tensor], path: Path) -> type[RWKV]:
     )
 
 
+def divisor(path: Path, override: float | None = None) -> float:
+    """The head size divisor of a checkpoint, the one number that its tensors don't tell.
+
+    It is `override`, else what the config.json of a Hugging Face folder says, else 8, as in nearly all published models; some
+    small ones have 1.
+    """
+    return override or huggingface.head_size_divisor(path) or 8.0
+
+
 def load(
     path: Path,
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     op: Op = "auto",
-    head_size_divisor: float = 8.0,
+    head_size_divisor: float | None = None,
 ) -> RWKV:
     """The model in a checkpoint; version, sizes and ranks are read from it.
 
@@ -78,8 +88,7 @@ def load(
         dtype: of the parameters; None keeps the file's.
         device: where to put them.
         op: implementation of the WKV operator.
-        head_size_divisor: of RWKV-5, 6 and 7: the one thing that the tensors don't tell. It is 8 in nearly all published
-            models, 1 in some small ones.
+        head_size_divisor: of RWKV-5, 6 and 7, see `divisor`.
 
     Raises:
         InputError: the file can't be read, is another model, or has tensors missing, left over, of a wrong shape or of a
@@ -87,14 +96,16 @@ def load(
     """
     tensors = checkpoint.read(path)
     version = version_of(tensors, path)
+    if op == "cpu" and not version.compiled:
+        raise InputError("op = cpu", f"{version.__name__} has no compiled recurrence yet", "say auto")
     try:
-        shape = version.shape_of(tensors, head_size_divisor)
+        shape = version.shape_of(tensors, divisor(path, head_size_divisor))
+        with torch.device("meta"):
+            model = version(shape, op)
     except KeyError as error:
         raise InputError(f"{path} lacks {error}", f"a {version.__name__} has it", "give a whole checkpoint") from None
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's own: sizes beyond any memory
         raise InputError(f"{path}: {error}", "the sizes must fit together", "give a whole checkpoint") from None
-    with torch.device("meta"):
-        model = version(shape, op)
     wanted = {name: x.shape for name, x in model.state_dict().items()}
     faults = {
         "lacks": wanted.keys() - tensors.keys(),
@@ -111,7 +122,5 @@ def load(
     if dtype is None and len(dtypes) > 1:
         listed = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         raise InputError(f"{path} has {listed}", "a model computes in one dtype", "say which: load with a dtype")
-    # one tensor at a time: a second copy of the whole model is never in memory
-    for name in list(tensors):
-        tensors[name] = tensors[name].to(device=device, dtype=dtype or tensors[name].dtype)
+    checkpoint.convert(tensors, dtype, device)
     return model.adopt(tensors)

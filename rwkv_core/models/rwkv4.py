@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.choice import Op
 from kernels.wkv4 import NOTHING, wkv4
 from rwkv_core.models.initial import depth, orthogonal, put, ramp, token_shift
-from rwkv_core.models.skeleton import RWKV, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, shift, vector, width
 
 
 class TimeMix(nn.Module):
@@ -26,8 +26,8 @@ class TimeMix(nn.Module):
         self.op = op
         self.time_decay, self.time_first = nn.Parameter(torch.empty(s.dim_att)), nn.Parameter(torch.empty(s.dim_att))
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (vector(s.n_embd) for _ in range(3))
-        self.key, self.value, self.receptance = (nn.Linear(s.n_embd, s.dim_att, bias=False) for _ in range(3))
-        self.output = nn.Linear(s.dim_att, s.n_embd, bias=False)
+        self.key, self.value, self.receptance = (Linear(s.n_embd, s.dim_att) for _ in range(3))
+        self.output = Linear(s.dim_att, s.n_embd)
 
     def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
         """(B, T, C), None, shift and WKV state -> output, None, WKV state."""
@@ -41,12 +41,12 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """The feed-forward part: a squared ReLU between two matrices, behind a gate. RWKV-5's too."""
 
-    def __init__(self, s: Shape, layer: int) -> None:
+    def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
         self.time_mix_k, self.time_mix_r = vector(s.n_embd), vector(s.n_embd)
-        self.key = nn.Linear(s.n_embd, s.dim_ffn, bias=False)
-        self.receptance = nn.Linear(s.n_embd, s.n_embd, bias=False)
-        self.value = nn.Linear(s.dim_ffn, s.n_embd, bias=False)
+        self.key = Linear(s.n_embd, s.dim_ffn)
+        self.receptance = Linear(s.n_embd, s.n_embd)
+        self.value = Linear(s.dim_ffn, s.n_embd)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         """(B, T, C) and the shift state -> (B, T, C)."""

@@ -19,7 +19,7 @@ from kernels.choice import Op
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put, token_shift
 from rwkv_core.models.rwkv4 import ChannelMix
-from rwkv_core.models.skeleton import RWKV, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, shift, vector, width
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class TimeMix(nn.Module):
             self.time_mix_g = vector(s.n_embd)
         self.time_decay = nn.Parameter(torch.empty(size))
         self.register_parameter(s.bonus, nn.Parameter(torch.empty(size)))
-        self.receptance, self.key, self.value = (nn.Linear(s.n_embd, s.dim_att, bias=False) for _ in range(3))
-        self.output = nn.Linear(s.dim_att, s.n_embd, bias=False)
+        self.receptance, self.key, self.value = (Linear(s.n_embd, s.dim_att) for _ in range(3))
+        self.output = Linear(s.dim_att, s.n_embd)
         if s.gated:
-            self.gate = nn.Linear(s.n_embd, s.dim_att, bias=False)
+            self.gate = Linear(s.n_embd, s.dim_att)
         self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
 
     def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kernels.choice import Op
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put
-from rwkv_core.models.skeleton import RWKV, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, shift, vector, width
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(c, s.decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(s.decay_rank, s.dim_att))
         self.time_faaaa = nn.Parameter(torch.empty(heads, s.head_size))
-        self.receptance, self.key, self.value = (nn.Linear(c, s.dim_att, bias=False) for _ in range(3))
-        self.output = nn.Linear(s.dim_att, c, bias=False)
-        self.gate = nn.Linear(c, s.dim_att, bias=False)
+        self.receptance, self.key, self.value = (Linear(c, s.dim_att) for _ in range(3))
+        self.output = Linear(s.dim_att, c)
+        self.gate = Linear(c, s.dim_att)
         self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
 
     def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
@@ -72,12 +72,12 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """The feed-forward part: a squared ReLU between two matrices, behind a gate."""
 
-    def __init__(self, s: Shape, layer: int) -> None:
+    def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
         self.time_maa_k, self.time_maa_r = vector(s.n_embd), vector(s.n_embd)
-        self.key = nn.Linear(s.n_embd, s.dim_ffn, bias=False)
-        self.receptance = nn.Linear(s.n_embd, s.n_embd, bias=False)
-        self.value = nn.Linear(s.dim_ffn, s.n_embd, bias=False)
+        self.key = Linear(s.n_embd, s.dim_ffn)
+        self.receptance = Linear(s.n_embd, s.n_embd)
+        self.value = Linear(s.dim_ffn, s.n_embd)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         """(B, T, C) and the shift state -> (B, T, C)."""
@@ -98,13 +98,19 @@ class RWKV6(RWKV):
     @classmethod
     def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape6:
         """See `RWKV.shape_of`."""
+        dim_att = width(tensors, "blocks.0.att.key.weight", 0)
+        heads, head_size = (width(tensors, "blocks.0.att.time_faaaa", i) for i in (0, 1))
+        if not head_size or heads * head_size != dim_att:
+            raise ValueError(
+                f"blocks.0.att.time_faaaa is ({heads}, {head_size}); its heads must share {dim_att} channels"
+            )
         return Shape6(
             version="6",
             n_layer=layers_of(tensors),
             n_embd=width(tensors, "emb.weight", 1),
-            dim_att=width(tensors, "blocks.0.att.key.weight", 0),
+            dim_att=dim_att,
             dim_ffn=width(tensors, "blocks.0.ffn.key.weight", 0),
-            head_size=width(tensors, "blocks.0.att.time_faaaa", 1),
+            head_size=head_size,
             vocab_size=width(tensors, "emb.weight", 0),
             head_size_divisor=head_size_divisor,
             mix_rank=width(tensors, "blocks.0.att.time_maa_w2", 1, dimensions=3),

@@ -5,18 +5,22 @@ Source: Peng et al. 2025, arXiv:2503.14456; initial values and learning-rate gro
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.block7 import Parameters, block
 from kernels.choice import Op
+from kernels.linear import low_rank, low_rank_reference
+from kernels.time_mix7 import prepare, prepare_reference, readout, readout_reference, relu_squared
+from kernels.token_shift import mix, mix_reference
 from kernels.wkv7 import wkv7
 from rwkv_core.models.initial import depth, orthogonal, position, put, ramp
-from rwkv_core.models.skeleton import RWKV, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Block, Linear, Shape, layers_of, vector, width
+from rwkv_core.models.state import BlockState
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,27 @@ class Shape7(Shape):
     """Whether blocks.0.att has v0, v1, v2. They are never used, and kept."""
 
 
+class Parts(NamedTuple):
+    """What surrounds the recurrence: compiled where nobody asks for gradients, or torch alone."""
+
+    mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
+    low_rank: Callable[..., Tensor]
+    prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    readout: Callable[..., Tensor]
+    relu_squared: Callable[[Tensor], Tensor]
+
+
+COMPILED = Parts(mix, low_rank, prepare, readout, relu_squared)
+PLAIN = Parts(mix_reference, low_rank_reference, prepare_reference, readout_reference, lambda x: torch.relu(x) ** 2)
+
+
 class TimeMix(nn.Module):
     """Attention's place: reads the past through the WKV state."""
 
     def __init__(self, s: Shape7, layer: int, op: Op) -> None:
         super().__init__()
-        self.layer, self.head_size, self.op = layer, s.head_size, op
+        self.head_size, self.op = s.head_size, op
+        self.parts = COMPILED if op in ("auto", "cpu") else PLAIN
         c, heads = s.n_embd, s.n_embd // s.head_size
 
         def pair(rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -56,56 +75,99 @@ class TimeMix(nn.Module):
             self.v2, self.v1 = v2, v1
             self.v0 = vector(c)
         self.k_k, self.k_a = vector(c), vector(c)
-        self.receptance, self.key, self.value, self.output = (nn.Linear(c, c, bias=False) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(c, c) for _ in range(4))
         self.ln_x = nn.GroupNorm(heads, c, eps=s.group_norm_eps)
 
     def forward(self, x: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C), the value of layer 0 (None in layer 0), shift and WKV state -> output, that value, WKV state."""
-        batch, time, channels = x.shape
-        delta = shift(x, last) - x
-        xr, xw, xk, xv, xa, xg = (
-            x + delta * mix for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        (xr, xw, xk, xv, xa, xg), _ = self.parts.mix(x, last, mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w_raw = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        if v_first is None:
-            v_first = v
-        else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)  # in-context learning rate
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-
-        def heads(z: Tensor) -> Tensor:
-            return z.view(batch, time, -1, self.head_size)
-
-        kappa = F.normalize(heads(k * self.k_k), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
-        y, state = wkv7(heads(r), heads(w_raw), heads(k), heads(v), -kappa, kappa * heads(a), state, op=self.op)
-        y = self.ln_x(y.reshape(batch * time, channels)).view(batch, time, channels)
-        bonus = (heads(r) * heads(k) * self.r_k).sum(-1, keepdim=True) * heads(v)
-        return self.output((y + bonus.view_as(y)) * g), v_first, state
+        low_rank = self.parts.low_rank
+        w_raw = low_rank(xw, self.w1, self.w2, self.w0, "tanh")
+        a_raw = low_rank(xa, self.a1, self.a2, self.a0)  # in-context learning rate
+        g = low_rank(xg, self.g1, self.g2, None, "sigmoid")
+        share = None if v_first is None else low_rank(xv, self.v1, self.v2, self.v0)  # of the value of layer 0
+        first = v if v_first is None else v_first
+        k, v, a, b = self.parts.prepare(k, v, v_first, a_raw, share, self.k_k, self.k_a, self.head_size)
+        r, w_raw = (z.unflatten(-1, (-1, self.head_size)) for z in (r, w_raw))
+        y, state = wkv7(r, w_raw, k, v, a, b, state, op=self.op)
+        norm = self.ln_x
+        read = self.parts.readout(y, r, k, v, g, norm.weight, norm.bias, self.r_k, norm.eps)
+        return self.output(read), first, state
 
 
 class ChannelMix(nn.Module):
     """The feed-forward part: a squared ReLU between two matrices."""
 
-    def __init__(self, s: Shape, layer: int) -> None:
+    def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
+        self.parts = COMPILED if op in ("auto", "cpu") else PLAIN
         self.x_k = vector(s.n_embd)
-        self.key = nn.Linear(s.n_embd, s.dim_ffn, bias=False)
-        self.value = nn.Linear(s.dim_ffn, s.n_embd, bias=False)
+        self.key = Linear(s.n_embd, s.dim_ffn)
+        self.value = Linear(s.dim_ffn, s.n_embd)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         """(B, T, C) and the shift state -> (B, T, C)."""
-        hidden: Tensor = self.key(x + (shift(x, last) - x) * self.x_k)
-        output: Tensor = self.value(torch.relu(hidden) ** 2)
+        (mixed,), _ = self.parts.mix(x, last, (self.x_k,))
+        output: Tensor = self.value(self.parts.relu_squared(self.key(mixed)))
         return output
+
+
+class Block7(Block):
+    """A block that goes through one token of a few sequences in one call of compiled code."""
+
+    att: TimeMix
+    ffn: ChannelMix
+
+    def __init__(self, shape: Shape, layer: int, att: TimeMix, ffn: ChannelMix) -> None:
+        super().__init__(shape, layer, att, ffn)
+        self._known: tuple[list[Tensor | None], Parameters] | None = None
+
+    def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor | None, BlockState]:
+        """See `Block.forward`."""
+        if x.shape[1] > 1 or torch.is_grad_enabled() or self.att.parts is not COMPILED or not self._is_plain():
+            return super().forward(x, v_first, state)
+        if self.layer == 0:
+            x = self.ln0(x)
+        first = None if v_first is None else v_first[:, 0]
+        x, first, att_shift, wkv, ffn_shift = block(x[:, 0], first, *state, self._parameters_now())
+        return x[:, None], first[:, None], BlockState(att_shift, wkv, ffn_shift)
+
+    def _is_plain(self) -> bool:
+        """Whether nothing was put in the place of a matrix, and nothing listens to a module: no adapter, no hook."""
+        matrices, others = self._modules_in_use()
+        return all(type(m) is Linear for m in matrices) and not any(
+            m._forward_hooks or m._forward_pre_hooks for m in (*matrices, *others)
+        )
+
+    def _modules_in_use(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        att, ffn = self.att, self.ffn
+        matrices = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
+        return matrices, (att, att.ln_x, ffn, self.ln1, self.ln2)
+
+    def _parameters_now(self) -> Parameters:
+        """Looked over anew only if a tensor was exchanged or moved."""
+        matrices, others = self._modules_in_use()
+        tensors: list[Tensor | None] = [p for module in (*matrices, *others) for p in module._parameters.values()]
+        if self._known is not None:
+            seen, parameters = self._known
+            if (
+                len(seen) == len(tensors)
+                and all(a is b for a, b in zip(seen, tensors, strict=True))
+                and parameters.unchanged()
+            ):
+                return parameters
+        parameters = Parameters(dict(self.named_parameters()), self.ln1.eps, self.att.ln_x.eps)
+        self._known = tensors, parameters
+        return parameters
 
 
 class RWKV7(RWKV):
     """The whole model."""
 
     config: Shape7
+    block, compiled = Block7, True
     time_mix, channel_mix = TimeMix, ChannelMix
     rates = {"att.w0": 2.0}  # noqa: RUF012 (declared a ClassVar above)
 
@@ -114,7 +176,7 @@ class RWKV7(RWKV):
         """See `RWKV.shape_of`."""
         n_layer, n_embd = layers_of(tensors), width(tensors, "emb.weight", 1)
         heads, head_size = (width(tensors, "blocks.0.att.r_k", i) for i in (0, 1))
-        if heads * head_size != n_embd:
+        if not head_size or heads * head_size != n_embd:
             raise ValueError(f"blocks.0.att.r_k is ({heads}, {head_size}); its heads must share the {n_embd} channels")
         # the value residual begins in layer 1: a model of one layer has none that counts
         v1 = f"blocks.{1 if n_layer > 1 else 0}.att.v1"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.choice import Op, choose
+from kernels.linear import linear
 from rwkv_core.models.state import BlockState, State
 
 
@@ -48,6 +49,17 @@ def shift(x: Tensor, last: Tensor) -> Tensor:
     return torch.cat((last[:, None], x[:, :-1]), 1)
 
 
+class Linear(nn.Linear):
+    """y = x W'. A few rows, as of one token, go through it at the speed of memory; see `kernels.linear`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight)
+
+
 def vector(channels: int) -> nn.Parameter:
     """A parameter per channel, as checkpoints store it: (1, 1, C)."""
     return nn.Parameter(torch.empty(1, 1, channels))
@@ -59,9 +71,9 @@ class Block(nn.Module):
     def __init__(self, shape: Shape, layer: int, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        self.ln1, self.ln2 = nn.LayerNorm(shape.n_embd), nn.LayerNorm(shape.n_embd)
         if layer == 0:
             self.ln0 = nn.LayerNorm(shape.n_embd)
-        self.ln1, self.ln2 = nn.LayerNorm(shape.n_embd), nn.LayerNorm(shape.n_embd)
         self.att, self.ffn = att, ffn
 
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor | None, BlockState]:
@@ -79,10 +91,13 @@ class Block(nn.Module):
 class RWKV(nn.Module):
     """The whole model. Each version is a subclass."""
 
+    block: ClassVar[type[Block]] = Block
+    compiled: ClassVar[bool] = False
+    """Whether the WKV operator has a compiled form."""
     time_mix: ClassVar[Any]
     """Of a block: made from (shape, layer, op); (z, v_first, shift, wkv) -> (output, v_first, wkv)."""
     channel_mix: ClassVar[Any]
-    """Of a block: made from (shape, layer); (z, shift) -> output."""
+    """Of a block: made from (shape, layer, op); (z, shift) -> output."""
     rates: ClassVar[Mapping[str, float]]
     """Ends of parameter names, and how many times the learning rate of the others they learn with in full training."""
 
@@ -92,11 +107,11 @@ class RWKV(nn.Module):
         self.config, self._op = shape, op
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(
-            Block(shape, layer, self.time_mix(shape, layer, op), self.channel_mix(shape, layer))
+            self.block(shape, layer, self.time_mix(shape, layer, op), self.channel_mix(shape, layer, op))
             for layer in range(shape.n_layer)
         )
         self.ln_out = nn.LayerNorm(shape.n_embd)
-        self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+        self.head = Linear(shape.n_embd, shape.vocab_size)
         self._order: Sequence[str] = ()
         self.register_state_dict_post_hook(_in_the_files_order)  # type: ignore[no-untyped-call]
 
@@ -128,7 +143,7 @@ class RWKV(nn.Module):
 
     def wkv_implementation(self, steps: int) -> str:
         """Which form of the WKV operator runs on sequences of `steps` tokens."""
-        return choose(self._op, self.emb.weight, steps)
+        return choose(self._op, self.emb.weight, steps, compiled=self.compiled)
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token; `rwkv_core.models.state.mount` puts a tuned one in."""
@@ -199,11 +214,14 @@ def layers_of(names: Mapping[str, Tensor]) -> int:
 
     Raises:
         KeyError: it has none.
+        ValueError: some are missing.
     """
     found = [name.split(".")[1] for name in names if name.startswith("blocks.")]
-    layers = [int(layer) for layer in found if layer.isdigit()]
+    layers = {int(layer) for layer in found if layer.isdecimal()}
     if not layers:
         raise KeyError("blocks.0.ln1.weight")
+    if max(layers) >= len(layers):
+        raise ValueError(f"blocks.{max(layers)} is there, and of the {max(layers)} before it {len(layers) - 1} are")
     return 1 + max(layers)
 
 

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +219,39 @@ def test_a_folder_that_cannot_be_is_named(tensors, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WorldError, match="a file stands where a folder must be; move it away"):
         checkpoint.write(tmp_path / "file" / "model.pth", tensors)
+
+
+def resident_file_pages():
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssFile"))
+
+
+def test_converting_leaves_no_second_copy_in_memory(tmp_path):
+    """The pages of a mapped file count as this process's memory once they are read."""
+    size = 2**24
+    torch.save({str(i): torch.full((size // 2,), i + 0.5).bfloat16() for i in range(4)}, tmp_path / "model.pth")
+    tensors = checkpoint.read(tmp_path / "model.pth")
+    before = resident_file_pages()
+    checkpoint.convert(tensors, torch.float32)
+    assert resident_file_pages() - before < size
+    assert all((x == i + 0.5).all() and x.dtype == torch.float32 for i, x in enumerate(tensors.values()))
+    tensors = checkpoint.read(tmp_path / "model.pth")
+    assert float(sum(x.float().sum() for x in tensors.values())) > 0
+    assert resident_file_pages() - before > 3 * size, "reading leaves nothing behind, so this test shows nothing"
+
+
+def test_converting_changes_nothing_else(tmp_path):
+    """Tensors that are in memory, or that nothing is to be done about, stay; so does what shares memory with one."""
+    memory = torch.arange(100_000.0)
+    torch.save({"a": torch.arange(100_000.0)}, tmp_path / "model.pth")
+    mapped = checkpoint.read(tmp_path / "model.pth")["a"]
+    tensors = {"memory": memory, "part": memory[5000:9000], "mapped": mapped, "again": mapped[:20_000]}
+    checkpoint.convert(tensors, torch.float64)
+    for x in (memory, mapped, tensors["memory"], tensors["mapped"]):
+        assert torch.equal(x.double(), torch.arange(100_000.0, dtype=torch.float64))
+    assert torch.equal(tensors["part"], torch.arange(5000.0, 9000.0, dtype=torch.float64))
+    assert torch.equal(tensors["again"], torch.arange(20_000.0, dtype=torch.float64))
+    kept = dict(tensors)
+    checkpoint.convert(tensors, None)
+    checkpoint.convert(tensors, torch.float64)
+    assert all(tensors[name] is x for name, x in kept.items())

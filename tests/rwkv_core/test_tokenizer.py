@@ -1,14 +1,31 @@
+import importlib.util
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 import rwkv
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from rwkv_core import tokenizer
-from rwkv_core.errors import WorldError
-from rwkv_core.tokenizer import END, VOCAB_SIZE, Tokenizer, greedy_encoder, read_vocabulary, world
+from rwkv_core.errors import InputError, WorldError
+from rwkv_core.tokenizer import (
+    END,
+    VOCAB_SIZE,
+    Tokenizer,
+    bytes_tokenizer,
+    for_vocabulary,
+    greedy_encoder,
+    named,
+    pile,
+    read_vocabulary,
+    world,
+)
 
 TEXTS = [
     "", " ", "\n", "a", "User: What is it?\n\nAssistant: It is a bird.\n\n", "The quick brown fox jumps over the lazy dog.",
@@ -102,3 +119,121 @@ def test_a_damaged_vocabulary_file_is_refused(tmp_path):
 def test_greedy_takes_the_longest():
     encode = greedy_encoder([b"", b"a", b"ab", b"abc", b"b", b"c", b"d"])
     assert Tokenizer([b""], encode).encode("abcabdb") == [3, 2, 6, 4]
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_bytes_are_tokens(text):
+    ids = bytes_tokenizer().encode(text)
+    assert ids == list(text.encode())
+    assert bytes_tokenizer().decode(ids) == text
+
+
+def test_byte_0_is_the_end():
+    assert len(bytes_tokenizer().table) == 256
+    assert bytes_tokenizer().decode([72, END, 105]) == "Hi"
+    with pytest.raises(InputError, match=r"U\+0000 at character 2: 0 is the end of a document; remove it"):
+        bytes_tokenizer().encode("Hi\0")
+
+
+def bpe(file, **changes):
+    """A byte-level BPE in the form of 20B_tokenizer.json, with three merges and a token for three blanks."""
+    names = ["<|endoftext|>", "<|padding|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "he", "Ġthe"]
+    names = changes.get("names", names)
+    vocabulary = {name: i for i, name in enumerate(names)}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t"), ("h", "e"), ("Ġt", "he")]))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=changes.get("prefix", False))
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True) for name in names if name.startswith("<|")])
+    made.add_tokens([AddedToken("   ", normalized=True)])
+    made.save(str(file))
+    return file
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return bpe(tmp_path_factory.mktemp("pile") / "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "to the   other  the"], ids=range(len(TEXTS) + 1))
+def test_pile_equals_the_package(text, file):
+    official = tokenizers.Tokenizer.from_file(str(file))
+    ids = pile(file).encode(text)
+    if "<|" not in text:
+        assert ids == official.encode(text).ids
+    assert pile(file).decode(ids) == official.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_pile_keeps_any_text(text, file):
+    ids = pile(file).encode(text)
+    assert pile(file).decode(ids) == unicodedata.normalize("NFC", text)
+    assert pile(file).decode_bytes(ids) == unicodedata.normalize("NFC", text).encode()
+    assert END not in ids
+
+
+def test_text_is_never_the_end_of_a_document(file):
+    ids = pile(file).encode("a<|endoftext|>b<|padding|>")
+    assert not {0, 1} & set(ids)
+    assert pile(file).decode(ids) == "a<|endoftext|>b<|padding|>"
+    assert pile(file).decode([0, 1]) == ""
+
+
+def test_a_file_that_is_no_such_tokenizer_is_refused(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = ["Ġt", "he", "Ġthe"]
+    for i, (names, options, fault) in enumerate(
+        [
+            (["<|padding|>", "<|endoftext|>", *alphabet, *merged], {}, r"its token 0 must be <\|endoftext\|>"),
+            (["<|endoftext|>", *alphabet, *merged, "你"], {}, "'你': is no token of a byte-level BPE"),
+            (["<|endoftext|>", *alphabet[1:], *merged], {}, "does not decode to itself"),
+            (["<|endoftext|>", *alphabet, *merged], {"prefix": True}, "does not decode to itself"),
+        ]
+    ):
+        with pytest.raises(InputError, match=fault):
+            pile(bpe(tmp_path / f"{i}.json", names=names, **options))
+    (tmp_path / "text").write_text("no json")
+    with pytest.raises(InputError, match=r"must be a file of the tokenizers package; download it again"):
+        pile(tmp_path / "text")
+    with pytest.raises(InputError, match=r"no tokenizer is there; .*20B_tokenizer.json"):
+        pile(tmp_path / "nothing")
+
+
+def test_the_package_is_asked_for_where_it_is_used(file, monkeypatch):
+    code = "import sys, rwkv_core.tokenizer; print('tokenizers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WorldError, match=r"tokenizers: .* is missing; pip install 'rwkv-flow\[pile\]'"):
+        pile.__wrapped__(file)
+
+
+def test_a_setting_names_the_tokenizer(file):
+    assert (named("world"), named("bytes"), named(str(file))) == (world(), bytes_tokenizer(), pile(file))
+    with pytest.raises(InputError, match="no tokenizer is there"):
+        named("World")
+
+
+def test_the_vocabulary_tells_the_tokenizer(file):
+    assert for_vocabulary(65536) is for_vocabulary(0) is world()
+    assert for_vocabulary(256) is bytes_tokenizer()
+    whole = pile(file)
+    assert for_vocabulary(0, file).table == for_vocabulary(len(whole.table), file).table == whole.table
+    filled = for_vocabulary(300, file)
+    assert (len(filled.table), filled.digest) == (300, whole.digest)
+    assert filled.encode("to the") == whole.encode("to the")
+
+
+def test_a_vocabulary_that_tells_none_needs_a_file(file):
+    for size in (50277, 50304, 50432):
+        with pytest.raises(
+            InputError, match=f"a vocabulary of {size}: .* Pile models.*; give their 20B_tokenizer.json"
+        ):
+            for_vocabulary(size)
+    for size in (100, 50433, 50276):
+        with pytest.raises(InputError, match=rf"a vocabulary of {size}: known are 65536 \(World\) and 256 \(bytes\)"):
+            for_vocabulary(size)
+    with pytest.raises(InputError, match="has 262 tokens: the model has 256; give the tokenizer of this model"):
+        for_vocabulary(256, file)

@@ -18,7 +18,7 @@ def write(path, rows):
 
 def run(source, out, fraction=0.3, group=None):
     out.mkdir()
-    return prepare(source, fraction, group, out)
+    return prepare(source, fraction, group, world(), out)
 
 
 def texts(out, side):
@@ -129,7 +129,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from rwkv_core.data.prepare import prepare
-prepare(Path(sys.argv[1]), 0.1, None, Path(sys.argv[2]))
+prepare(Path(sys.argv[1]), 0.1, None, world(), Path(sys.argv[2]))
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
 

@@ -3,7 +3,10 @@ import math
 import pytest
 import torch
 
+from kernels import build
 from rwkv_core import checkpoint, models
+from rwkv_core.adapters import attach
+from rwkv_core.config import LoraConfig
 from rwkv_core.errors import InputError
 from rwkv_core.models.rwkv7 import RWKV7
 
@@ -21,6 +24,78 @@ def test_state_is_rows_of_values_by_columns_of_keys(random_model):
         torch.testing.assert_close(state[0].wkv[0, 0], torch.outer(att.value(v), key))
     torch.testing.assert_close(state[0].att_shift[0], x)
     assert state[0].wkv.dtype == torch.float32
+
+
+# One token at a time, where a block is one call of compiled code.
+
+
+@pytest.fixture
+def wide(random_model):
+    """A model whose heads are of a size that the compiled block takes."""
+    model = random_model(n_embd=32, head_size=16)
+    with torch.no_grad():
+        _, state = model(torch.arange(9)[None])
+    return model, state
+
+
+def one_token(model, state):
+    with torch.no_grad():
+        return model(torch.tensor([[5]]), state)[0]
+
+
+def by_torch(model, state):
+    """With gradients wanted, no compiled code is used."""
+    return model(torch.tensor([[5]]), state)[0].detach()
+
+
+def change_in_place(model):
+    model.blocks[1].att.key.weight.mul_(1.5)
+
+
+def change_of_storage(model):
+    model.blocks[1].att.w0.data = model.blocks[1].att.w0.data + 1
+
+
+def change_of_parameter(model):
+    model.blocks[1].ffn.key.weight = torch.nn.Parameter(1.5 * model.blocks[1].ffn.key.weight)
+
+
+def change_of_all(model):
+    model.load_state_dict({name: 1.1 * x for name, x in model.state_dict().items()}, assign=True)
+
+
+def adapter(model):
+    attach(model, LoraConfig(kind="lora", rank=2, alpha=4, dropout=0.0, targets=("ffn.key",)), seed=0)
+    model.blocks[1].ffn.key.lora_B.fill_(0.3)
+
+
+def hook(model):
+    model.blocks[1].att.output.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, change_of_storage, change_of_parameter, change_of_all, adapter, hook]
+)
+def test_one_token_follows_every_change_of_the_model(change, wide):
+    model, state = wide
+    before = one_token(model, state)
+    with torch.no_grad():
+        change(model)
+    after = one_token(model, state)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, by_torch(model, state), rtol=1e-4, atol=1e-5)
+
+
+def test_one_token_calls_compiled_code_once_a_block(wide, monkeypatch):
+    """Without a compiler it is torch's operations, with the same result."""
+    model, state = wide
+    calls = []
+    real = build.function
+    monkeypatch.setattr(build, "function", lambda name, *rest: calls.append(name) or real(name, *rest))
+    want = one_token(model, state)
+    assert calls == (["rwkv_block7"] * 3 + ["rwkv_linear"] if build.available() else [])
+    monkeypatch.setattr(build, "available", lambda: False)
+    torch.testing.assert_close(one_token(model, state), want, rtol=1e-4, atol=1e-5)
 
 
 # Initial values, each computed here from its formula.

@@ -169,9 +169,10 @@ def perturbed(x, generator):
     return (x + noise.to(x.dtype)).requires_grad_()
 
 
-def test_gradient_of_the_whole_model(version, random_model):
+@pytest.mark.parametrize("op", ["torch", "auto"])
+def test_gradient_of_the_whole_model(version, op, random_model):
     tokens = torch.randint(64, (2, 37), generator=torch.Generator().manual_seed(1))
-    fast = gradients(random_model(version=version, op="torch"), tokens)
+    fast = gradients(random_model(version=version, op=op), tokens)
     slow = gradients(random_model(version=version, op="reference"), tokens)
     exact = gradients(random_model(version=version, op="reference").double(), tokens, double=True)
     names = {name for name, _ in random_model(version=version).named_parameters()}

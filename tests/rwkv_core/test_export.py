@@ -1,12 +1,13 @@
 import json
 import struct
 
+import checkpoints
 import pytest
 import torch
 
 from rwkv_core import checkpoint, models
 from rwkv_core.errors import InputError
-from rwkv_core.export import export, web_rwkv
+from rwkv_core.export import export
 from rwkv_core.files import sha256
 
 
@@ -56,27 +57,6 @@ def test_st_is_laid_out_as_its_clients_read_it(model, out):
     assert report["formats"]["st"]["file"] == "model.st"
 
 
-def test_st_renames_to_lower_case(tmp_path):
-    web_rwkv.write(tmp_path / "x.st", {"Blocks.0.att.LN_X.weight": torch.ones(2)})
-    assert list(web_rwkv.read(tmp_path / "x.st")) == ["blocks.0.att.ln_x.weight"]
-
-
-def test_st_of_a_state_is_turned_around(tmp_path):
-    state = torch.randn(2, 4, 4)
-    web_rwkv.write(tmp_path / "x.st", {"blocks.0.att.time_state": state})
-    assert torch.equal(read_safetensors(tmp_path / "x.st")[0]["blocks.0.att.time_state"], state.half().mT)
-    assert torch.equal(web_rwkv.read(tmp_path / "x.st")["blocks.0.att.time_state"], state.half())
-
-
-def test_st_and_its_inverse(model, tmp_path):
-    source = checkpoint.read(model)
-    web_rwkv.write(tmp_path / "x.st", source)
-    back = web_rwkv.read(tmp_path / "x.st")
-    assert back.keys() == source.keys()
-    assert all(torch.equal(back[name], x.half()) for name, x in source.items())
-    assert all(x.is_contiguous() for x in back.values())
-
-
 def test_same_model_same_bytes(model, out, tmp_path):
     (tmp_path / "again").mkdir()
     one = export(model, out, ("st", "pth"), "fp16")
@@ -108,7 +88,7 @@ def test_the_largest_float16_is_kept(model, out, tmp_path):
     tensors = dict(checkpoint.read(model)) | {"ln_out.weight": torch.full((32,), 65504.0)}
     checkpoint.write(tmp_path / "large.pth", tensors)
     export(tmp_path / "large.pth", out, ("st", "pth"), "fp16")
-    assert (web_rwkv.read(out / "model.st")["ln_out.weight"] == 65504).all()
+    assert (checkpoint.read(out / "model.st")["ln_out.weight"] == 65504).all()
 
 
 @pytest.mark.parametrize("dtype", ["as_loaded", "bf16", "fp16", "fp32"])
@@ -142,12 +122,13 @@ def test_what_vanishes_is_counted(model, out, tmp_path):
 
 def test_a_damaged_conversion_is_found(model, out, monkeypatch):
     """The file is read back, not trusted."""
-    whole = web_rwkv.read
+    whole = checkpoint.read
 
     def damaged(change):
         def read(path):
             tensors = whole(path)
-            change(tensors)
+            if path.suffix == ".st":
+                change(tensors)
             return tensors
 
         return read
@@ -157,6 +138,15 @@ def test_a_damaged_conversion_is_found(model, out, monkeypatch):
         lambda t: t["ln_out.bias"].mul_(1.01),
         lambda t: t.update({"ln_out.bias": t["ln_out.bias"][:3]}),
     ):
-        monkeypatch.setattr(web_rwkv, "read", damaged(change))
+        monkeypatch.setattr(checkpoint, "read", damaged(change))
         with pytest.raises(Exception, match="report this as a defect"):
             export(model, out, ("st",), "as_loaded")
+
+
+def test_what_web_rwkv_has_no_form_for_is_refused(out, tmp_path):
+    checkpoint.write(tmp_path / "old.pth", checkpoints.official("5.0"))
+    with pytest.raises(
+        InputError, match=r"RWKV-5\.0, .*: web-rwkv reads neither, and takes them for others; export pth"
+    ):
+        export(tmp_path / "old.pth", out, ("st",), "as_loaded")
+    assert list(out.iterdir()) == []

@@ -1,0 +1,229 @@
+"""RWKV-7 inference against its two floors: the matrix products of a prompt, and the memory that a token must read.
+
+python -m benchmarks.inference [--threads N] [--rounds N] [--out FILE]
+
+The official `rwkv` package runs the same checkpoint and tokens, in a process of its own, for it sets switches of torch for
+the whole process. All take turns, so that other load on the machine meets all alike.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import describe
+from kernels import build
+from rwkv_core import checkpoint, models
+from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.state import State
+
+LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY = 12, 768, 64, 65536
+PROMPT = 512
+TOKENS = 8  # generated in each round
+
+OFFICIAL = """
+import sys, time, torch
+stem, threads, prompt, tokens = sys.argv[1], *map(int, sys.argv[2:])
+from rwkv.model import RWKV
+torch.set_num_threads(threads)
+model = RWKV(model=stem, strategy="cpu fp32")
+ids = torch.load(stem + ".ids").tolist()
+state = model.forward(ids[:4], None)[1]
+print("ready", flush=True)
+for line in sys.stdin:
+    began = time.perf_counter()
+    if line.strip() == "prompt":
+        logits = model.forward(ids, None, full_output=True)[0]
+        torch.save(logits[-1], stem + ".logits")
+    else:
+        for _ in range(tokens):
+            logits, state = model.forward([7], state)
+    print("took", time.perf_counter() - began, flush=True)
+"""
+
+
+def write_model(path: Path) -> None:
+    """A checkpoint of random values: what a model computes does not change how long it takes."""
+    with torch.device("meta"):
+        shapes = RWKV7(RWKV7.new_shape(LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY)).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, like in shapes.items():
+        x = torch.randn(like.shape, generator=generator)
+        if like.squeeze().ndim == 2:
+            tensors[name] = x * like.shape[-1] ** -0.5
+        else:
+            tensors[name] = 0.1 * x + ("ln" in name)
+    checkpoint.write(path, tensors)
+
+
+class Official:
+    """The `rwkv` package, waiting in a process of its own."""
+
+    def __init__(self, stem: Path, threads: int) -> None:
+        switches = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", OFFICIAL, str(stem), str(threads), str(PROMPT), str(TOKENS)]
+        self.process = subprocess.Popen(
+            command, env=os.environ | switches, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read("ready")
+
+    def _read(self, first: str) -> list[str]:
+        if self.process.stdout is None:
+            raise RuntimeError("the official package's process has no output")
+        for line in self.process.stdout:
+            if line.startswith(first):
+                return line.split()
+        raise RuntimeError("the official package's process ended; its message is above")
+
+    def seconds(self, what: str) -> float:
+        """How long it says that it took."""
+        if self.process.stdin is None:
+            raise RuntimeError("the official package's process has no input")
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return float(self._read("took")[1])
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def products(model: RWKV7) -> Callable[[], None]:
+    """All matrix products of a prompt, and nothing else."""
+    x = torch.randn(PROMPT, CHANNELS)
+    inputs = {CHANNELS: x, 4 * CHANNELS: torch.randn(PROMPT, 4 * CHANNELS)}
+    matrices: list[Tensor] = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    pairs = [(p, model.get_parameter(name[:-1] + "2")) for name, p in model.named_parameters() if name[-2:] in PAIRS]
+
+    def run() -> None:
+        for weight in matrices:
+            F.linear(inputs[weight.shape[1]], weight)
+        for down, up in pairs:
+            x @ down @ up
+
+    return run
+
+
+PAIRS = ("w1", "a1", "v1", "g1")
+
+
+def token_bytes(model: RWKV7) -> int:
+    """Bytes that a token must move: every parameter once, but one row of the embedding, and the state both ways."""
+    parameters = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "emb.weight")
+    state = sum(x.numel() * x.element_size() for block in model.initial_state(1) for x in block)
+    return parameters + CHANNELS * model.emb.weight.element_size() + 2 * state
+
+
+def generate(model: RWKV7, state: State) -> Callable[[], None]:
+    token = torch.tensor([[7]])
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(TOKENS):
+            _, state = model(token, state)
+
+    return run
+
+
+def measure(folder: Path, threads: int, rounds: int) -> str:
+    path = folder / "model.pth"
+    write_model(path)
+    ids = torch.randint(1, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(1))
+    torch.save(ids, folder / "model.ids")
+    official = Official(folder / "model", threads)
+    wide, narrow = models.load(path), models.load(path, dtype=torch.bfloat16)
+    large, total = torch.randn(1 << 26), torch.empty(1)
+    read = build.function("rwkv_sum", "4q")
+    results: dict[str, Tensor] = {}
+
+    def prompt(model: RWKV7, name: str) -> Callable[[], None]:
+        def run() -> None:
+            results[name] = model(ids[None])[0][0, -1]
+
+        return run
+
+    states = {name: model(ids[None, :4])[1] for name, model in (("wide", wide), ("narrow", narrow))}
+    calls: dict[str, Callable[[], float]] = {}
+    for name, call in {
+        "products": products(wide),
+        "prompt": prompt(wide, "ours"),
+        "prompt bf16": prompt(narrow, "bf16"),
+        "read": lambda: read(large.data_ptr(), large.numel(), total.data_ptr(), threads),
+        "token": generate(wide, states["wide"]),
+        "token bf16": generate(narrow, states["narrow"]),
+    }.items():
+        calls[name] = lambda call=call: seconds(call)
+    calls["official prompt"] = lambda: official.seconds("prompt")
+    calls["official token"] = lambda: official.seconds("token")
+    for call in calls.values():
+        call()  # memory is mapped, threads started
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            took[name].append(call())
+    official.process.stdin.close() if official.process.stdin else None
+    official.process.wait()
+    theirs = torch.load(folder / "model.logits")
+    torch.testing.assert_close(results["ours"], theirs, rtol=1e-3, atol=1e-3)
+    return table({name: median(times) for name, times in took.items()}, wide, narrow, 4 * large.numel())
+
+
+def table(t: dict[str, float], wide: RWKV7, narrow: RWKV7, large: int) -> str:
+    bandwidth = large / t["read"]
+    lines = [
+        f"A prompt of {PROMPT} tokens, L{LAYERS} C{CHANNELS} V{VOCABULARY}, logits of all positions.",
+        "",
+        "| | milliseconds | tokens/s | / its matrix products |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for title, name in (
+        ("matrix products alone, float32", "products"), ("ours, float32", "prompt"), ("ours, bfloat16", "prompt bf16"),
+        ("rwkv package, float32", "official prompt"),
+    ):  # fmt: skip
+        lines.append(f"| {title} | {t[name] * 1e3:.0f} | {PROMPT / t[name]:.0f} | {t[name] / t['products']:.2f} |")
+    lines += [
+        "",
+        f"One token at a time. Memory reads at {bandwidth / 1e9:.1f} GB/s (a sum over {large >> 20} MiB).",
+        "",
+        "| | milliseconds | tokens/s | MB a token | share of the bandwidth |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for title, name, model in (
+        ("ours, float32", "token", wide), ("ours, bfloat16", "token bf16", narrow),
+        ("rwkv package, float32", "official token", wide),
+    ):  # fmt: skip
+        each, size = t[name] / TOKENS, token_bytes(model)
+        share = size / each / bandwidth
+        lines.append(f"| {title} | {each * 1e3:.1f} | {1 / each:.1f} | {size / 1e6:.0f} | {share:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder), given.threads, given.rounds)
+    text = f"{describe()}; medians of {given.rounds}\n\n{found}\n"
+    print(text)
+    if given.out:
+        given.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A file of named tensors, .pth or .safetensors, under the names that it has.
+
+A file can hold no code that runs, and its tensors are mapped rather than loaded where possible.
+"""
+
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rwkv_core.errors import InputError
+
+SAFETENSORS = (".safetensors", ".st", ".state")
+SUFFIXES = (*SAFETENSORS, ".pth", ".pt", ".bin")
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip archive's entry: APPNOTE.TXT, 4.3.7
+_HAS_DESCRIPTOR = 1 << 3  # a flag: behind the entry's data, its checksum and sizes follow
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, on the CPU, in the file's order and dtypes.
+
+    Raises:
+        InputError: there is no such file, it is cut short, damaged or of another kind, or its pickle asks for code to run.
+    """
+    if not path.is_file():
+        raise InputError(str(path), "no checkpoint is there", "correct the path, or download the model to it")
+    kind = ".safetensors" if path.suffix in SAFETENSORS else ".pth"
+    try:
+        tensors = safetensors.torch.load_file(path) if kind == ".safetensors" else _read_pth(path)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise _unreadable(path, kind, error) from None
+        raise InputError(
+            f"{path}: its pickle asks for {found[1]}",
+            "a checkpoint holds tensors only, and loading one must not run code",
+            "do not trust this file; get the model from its publisher",
+        ) from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _unreadable(path, kind, error) from None
+    if not isinstance(tensors, dict) or not tensors:
+        raise InputError(f"{path}: holds a {type(tensors).__name__}", "must be names with tensors", "give an RWKV .pth")
+    for name, x in tensors.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            raise InputError(
+                f"{path}: {name!r} is a {type(x).__name__}",
+                "every entry must be a tensor under a name",
+                "give the model file itself",
+            )
+        if x.layout != torch.strided or x.is_quantized or _overlaps(x):
+            raise InputError(
+                f"{path}: {name} is no plain array", "every value must be stored, once", "give the model file itself"
+            )
+    return tensors
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> InputError:
+    size = path.stat().st_size
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return InputError(
+        f"{path}: {size} bytes that can't be read ({reason})",
+        f"the file is cut short or no {kind}",
+        "download it again",
+    )
+
+
+def _read_pth(path: Path) -> Any:
+    """What a .pth file holds, which need not be tensors."""
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        _check_archive(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a damaged archive. torch compares no checksum, and maps a tensor from wherever its entry seems to begin.
+
+    The values of tensors are not read here.
+
+    Raises:
+        ValueError: an entry is damaged, packed, or not where the archive says.
+        zipfile.BadZipFile: likewise.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            if re.search(r"(^|/)data/[^/]+$", entry.filename) is None:
+                archive.read(entry)  # also compares its checksum
+                continue
+            file.seek(entry.header_offset)
+            *_, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            name = file.read(name_length).decode("utf-8")
+            file.seek(extra_length + entry.file_size, 1)
+            behind = b"PK\x07\x08" if entry.flag_bits & _HAS_DESCRIPTOR else b"PK"
+            packed = entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+            if packed or name != entry.filename or not file.read(4).startswith(behind):
+                raise ValueError(f"{entry.filename} is damaged")
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements share their memory. What a file stores never does; damaged strides can."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= span:
+            return x.numel() > 0
+        span += stride * (size - 1)
+    return False

@@ -1,0 +1,223 @@
+"""Continuations of prompts, several at once, as text that comes out as soon as it is certain.
+
+Shapes: B batch, T time, C channels, V vocabulary.
+"""
+
+import codecs
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_core.errors import InputError
+from rwkv_core.generation.sampling import Draws, Sampling
+from rwkv_core.models.skeleton import RWKV
+from rwkv_core.models.state import State, concatenate, select
+from rwkv_core.tokenizer import END, Tokenizer
+
+Ending = Literal["end", "stop", "length", "halted"]
+"""Why a continuation ended: token 0 or one without text; a stop text; max_tokens; its caller wished it."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What came after a prompt."""
+
+    text: str
+    """Without the prompt and the stop text; U+FFFD where its bytes are not UTF-8, or end inside a character."""
+    ending: Ending
+    state: State
+    """Of one row: after the prompt and `read`."""
+    read: str
+    """What the model has read after the prompt: where a stop text was found, the beginning of that also."""
+
+    def unread(self, text: str) -> str:
+        """What is left to read from `state` on, so that the model has read `text`: this continuation, and what follows it."""
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.read, text, strict=False))
+        return text[sum(1 for _ in same) :]
+
+
+class Piece(NamedTuple):
+    """A step of one continuation."""
+
+    row: int
+    """Number of its prompt."""
+    text: str
+    """What is certain now; the pieces make up the continuation's text."""
+    whole: Continuation | None
+    """With the last piece."""
+
+
+class Output:
+    """Text from bytes, as soon as it is certain: no half characters, and nothing that may turn out to be a stop text.
+
+    Where the bytes are cut does not matter. The text ends where a stop text is complete for the first time.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+        """Whether a stop text was found."""
+
+    def push(self, data: bytes) -> str:
+        """The text that has become certain with these bytes."""
+        return self._certain(self._decoder.decode(data))
+
+    def finish(self) -> str:
+        """What was held back, if no bytes follow."""
+        text = self._certain(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
+
+    def _certain(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self._held, self.stopped = "", True
+            return text[: min(found)[1]]
+        held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+class _Row:
+    """One continuation in the making."""
+
+    def __init__(self, number: int, sampling: Sampling, tokenizer: Tokenizer) -> None:
+        self.number, self._tokenizer, self._limit = number, tokenizer, sampling.max_tokens
+        self._draws, self._output = Draws(sampling, number), Output(sampling.stop)
+        self.tokens = list[int]()
+        """Those that the model has read, or reads next."""
+        self._text = ""
+        self.ending: Ending | None = None
+
+    def advance(self, logits: Tensor, halted: bool) -> str:
+        """Draw a token, or end: `ending` says which. The text that has become certain."""
+        token = END
+        if halted or len(self.tokens) == self._limit:
+            self.ending = "halted" if halted else "length"
+        else:
+            token = self._draws.next(logits)
+        table = self._tokenizer.table
+        data = table[token] if token < len(table) else b""  # a row that fills the embedding up
+        new = self._output.push(data)
+        if self._output.stopped:
+            self.ending = "stop"
+        elif self.ending or not data:  # the free ids of a vocabulary have no text, as END
+            self.ending = self.ending or "end"
+            new += self._output.finish()
+        else:
+            self.tokens.append(token)
+        self._text += new
+        return new
+
+    def whole(self, state: State) -> Continuation | None:
+        """The continuation, if it has ended. `state` is of this row."""
+        if self.ending is None:
+            return None
+        return Continuation(self._text, self.ending, state, self._tokenizer.decode(self.tokens))
+
+
+@torch.no_grad()
+def stream(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    ctx_len: int,
+    batch: int,
+    states: Sequence[State | None] | None = None,
+    halt: Callable[[], bool] = lambda: False,
+) -> Iterator[Piece]:
+    """Continue every prompt, and yield the pieces as they become certain.
+
+    A continuation that ends makes room for the next prompt. What is drawn for a prompt depends on the seed and its number, not
+    on its neighbours; their number may change the logits in their last digits, as matrix products of other sizes do.
+
+    Args:
+        model: in evaluation mode, on any device.
+        tokenizer: of its vocabulary.
+        prompts: what to continue. For a chat, each ends with "Assistant:", without a blank.
+        sampling: how to draw, and when to stop.
+        ctx_len: tokens of a prompt that go through the model at once. It bounds the memory.
+        batch: continuations side by side.
+        states: for each prompt the state of one row that it is read after, such as a continuation's or a tuned one; None: it
+            begins a document, so the model reads token 0 first, as before every document in training.
+        halt: asked before every token; when true, all continuations end as they are, and what waits has none.
+
+    Raises:
+        InputError: a prompt after a state is empty, so there is nothing to predict from.
+        WorldError: the model's logits are not finite.
+    """
+    waiting, rows, state = deque(enumerate(prompts)), list[_Row](), State()
+    logits = torch.empty(0)
+    while waiting or rows:
+        halted = halt()
+        while waiting and len(rows) < batch and not halted:
+            number, prompt = waiting.popleft()
+            before = states[number] if states is not None else None
+            ids = [*([END] if before is None else []), *tokenizer.encode(prompt)]
+            if not ids:
+                raise InputError(
+                    f"prompt {number} is empty", "a text that goes on must go on with something", "add some"
+                )
+            row_logits, row_state = read(model, ids, before, ctx_len)
+            logits = torch.cat((logits, row_logits)) if rows else row_logits
+            state = concatenate([state, row_state]) if rows else row_state
+            rows.append(_Row(number, sampling, tokenizer))
+        for i, row in enumerate(rows):
+            text = row.advance(logits[i], halted)
+            if text or row.ending:
+                yield Piece(row.number, text, row.whole(select(state, [i])) if row.ending else None)
+        going = [i for i, row in enumerate(rows) if row.ending is None]
+        if 0 < len(going) < len(rows):
+            state = select(state, going)
+        rows = [rows[i] for i in going]
+        if rows:
+            tokens = torch.tensor([row.tokens[-1:] for row in rows], device=model.emb.weight.device)
+            features, state = model.features(tokens, state)
+            logits = model.head(features[:, -1])
+        elif halted:
+            return
+
+
+def generate(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    ctx_len: int,
+    batch: int,
+    states: Sequence[State | None] | None = None,
+) -> list[Continuation]:
+    """The continuation of every prompt, in their order; arguments and errors as of `stream`."""
+    pieces = stream(model, tokenizer, prompts, sampling, ctx_len=ctx_len, batch=batch, states=states)
+    done = {piece.row: piece.whole for piece in pieces if piece.whole is not None}
+    return [done[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def read(model: RWKV, ids: Sequence[int], state: State | None, ctx_len: int) -> tuple[Tensor, State]:
+    """Take one text in, `ctx_len` tokens at a time: the logits (1, V) after its last token, and the state.
+
+    Args:
+        model: in evaluation mode.
+        ids: at least one token.
+        state: before the text, of one row; None is the model's initial one.
+        ctx_len: at least 1.
+    """
+    tokens = torch.tensor([ids], device=model.emb.weight.device)
+    features, state = model.features(tokens[:, :ctx_len], state)
+    for at in range(ctx_len, len(ids), ctx_len):
+        features, state = model.features(tokens[:, at : at + ctx_len], state)
+    return model.head(features[:, -1]), state

@@ -1,0 +1,42 @@
+"""What compiled code is given to fill lies between values that must stay as they are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+AROUND = 64
+SENTINEL = 77.0
+
+
+def guard(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """From now on `empty_like` and `new_empty` give NaN between sentinels.
+
+    Returns:
+        A function that checks the sentinels, and says how many tensors had them.
+    """
+    given = []
+
+    def between(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        whole = torch.full((shape.numel() + 2 * AROUND,), SENTINEL, dtype=dtype)
+        given.append(whole)
+        inner = whole[AROUND:-AROUND]
+        inner.fill_(torch.nan)
+        return inner.view(shape)
+
+    def new_empty(self: Tensor, *size: int | tuple[int, ...]) -> Tensor:
+        shape = size[0] if isinstance(size[0], tuple) else size
+        return between(torch.Size(shape), self.dtype)
+
+    monkeypatch.setattr(torch, "empty_like", lambda x: between(x.shape, x.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+    def check() -> int:
+        for whole in given:
+            assert (whole[:AROUND] == SENTINEL).all(), "written before the beginning"
+            assert (whole[-AROUND:] == SENTINEL).all(), "written past the end"
+            assert not whole.isnan().any(), "not all written"
+        return len(given)
+
+    return check
