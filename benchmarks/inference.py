@@ -24,6 +24,7 @@ from benchmarks.machine import describe
 from kernels import build
 from rwkv_core import checkpoint, models
 from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import State
 
 LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY = 12, 768, 64, 65536
@@ -100,7 +101,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def products(model: RWKV7) -> Callable[[], None]:
+def products(model: RWKV) -> Callable[[], None]:
     """All matrix products of a prompt, and nothing else."""
     x = torch.randn(PROMPT, CHANNELS)
     inputs = {CHANNELS: x, 4 * CHANNELS: torch.randn(PROMPT, 4 * CHANNELS)}
@@ -119,14 +120,14 @@ def products(model: RWKV7) -> Callable[[], None]:
 PAIRS = ("w1", "a1", "v1", "g1")
 
 
-def token_bytes(model: RWKV7) -> int:
+def token_bytes(model: RWKV) -> int:
     """Bytes that a token must move: every parameter once, but one row of the embedding, and the state both ways."""
     parameters = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "emb.weight")
     state = sum(x.numel() * x.element_size() for block in model.initial_state(1) for x in block)
     return parameters + CHANNELS * model.emb.weight.element_size() + 2 * state
 
 
-def generate(model: RWKV7, state: State) -> Callable[[], None]:
+def generate(model: RWKV, state: State) -> Callable[[], None]:
     token = torch.tensor([[7]])
 
     def run() -> None:
@@ -148,39 +149,36 @@ def measure(folder: Path, threads: int, rounds: int) -> str:
     read = build.function("rwkv_sum", "4q")
     results: dict[str, Tensor] = {}
 
-    def prompt(model: RWKV7, name: str) -> Callable[[], None]:
+    def prompt(model: RWKV, name: str) -> Callable[[], None]:
         def run() -> None:
             results[name] = model(ids[None])[0][0, -1]
 
         return run
 
     states = {name: model(ids[None, :4])[1] for name, model in (("wide", wide), ("narrow", narrow))}
-    calls: dict[str, Callable[[], float]] = {}
-    for name, call in {
+    ours = {
         "products": products(wide),
         "prompt": prompt(wide, "ours"),
         "prompt bf16": prompt(narrow, "bf16"),
         "read": lambda: read(large.data_ptr(), large.numel(), total.data_ptr(), threads),
         "token": generate(wide, states["wide"]),
         "token bf16": generate(narrow, states["narrow"]),
-    }.items():
-        calls[name] = lambda call=call: seconds(call)
-    calls["official prompt"] = lambda: official.seconds("prompt")
-    calls["official token"] = lambda: official.seconds("token")
-    for call in calls.values():
-        call()  # memory is mapped, threads started
-    took: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            took[name].append(call())
+    }
+    took: dict[str, list[float]] = {name: [] for name in (*ours, "official prompt", "official token")}
+    for _ in range(rounds + 1):
+        for name, call in ours.items():
+            took[name].append(seconds(call))
+        for what in ("prompt", "token"):
+            took[f"official {what}"].append(official.seconds(what))
     official.process.stdin.close() if official.process.stdin else None
     official.process.wait()
     theirs = torch.load(folder / "model.logits")
     torch.testing.assert_close(results["ours"], theirs, rtol=1e-3, atol=1e-3)
-    return table({name: median(times) for name, times in took.items()}, wide, narrow, 4 * large.numel())
+    medians = {name: median(times[1:]) for name, times in took.items()}  # the first maps memory and starts threads
+    return table(medians, wide, narrow, 4 * large.numel())
 
 
-def table(t: dict[str, float], wide: RWKV7, narrow: RWKV7, large: int) -> str:
+def table(t: dict[str, float], wide: RWKV, narrow: RWKV, large: int) -> str:
     bandwidth = large / t["read"]
     lines = [
         f"A prompt of {PROMPT} tokens, L{LAYERS} C{CHANNELS} V{VOCABULARY}, logits of all positions.",

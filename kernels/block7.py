@@ -184,7 +184,7 @@ def _run(
     out = torch.empty_like(x)
     given = None if v_first is None else v_first.contiguous()
     value = torch.empty_like(x) if v_first is None else v_first
-    build.function("rwkv_blocks7", "9q")(
+    build.function("rwkv_block7", "9q")(
         x.data_ptr(), 0 if given is None else given.data_ptr(), out.data_ptr(), value.data_ptr() if given is None else 0,
         rows, x.dtype is torch.bfloat16, build.threads(), count, layers.buffer_info()[0],
     )  # fmt: skip

@@ -193,7 +193,7 @@ void blocks(const Blocks7& f) {
 
 }  // namespace
 
-extern "C" void rwkv_blocks7(const Blocks7* f) {
+extern "C" void rwkv_block7(const Blocks7* f) {
     if (f->rows == 1)
         blocks<1>(*f);
     else if (f->rows == 2)

@@ -118,8 +118,8 @@ void forward(const Inputs& in, const Shape& s, int64_t head, int64_t first, int6
             for (int64_t j = 0; j < s.size; j++)
                 std::memcpy(kept + j * s.size + first, S + j * lanes, count * sizeof(float));
         }
-        const int64_t row = s.row(head, t), ahead = s.row(head, std::min(t + 2, s.steps - 1));
-        for (Input which : {R, W, K, A, B}) prefetch(in, which, ahead, s.size);
+        const int64_t row = s.row(head, t), ahead = s.row(head, std::min(t + 3, s.steps - 1));
+        for (Input which : {R, W, K, V, A, B}) prefetch(in, which, ahead, s.size);
         fetch(in, R, row, s.size, r);
         fetch(in, W, row, s.size, decay);
         squash(decay, keys);

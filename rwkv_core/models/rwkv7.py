@@ -5,22 +5,22 @@ Source: Peng et al. 2025, arXiv:2503.14456; initial values and learning-rate gro
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.block7 import Parameters, block
+from kernels.block7 import Parameters, blocks
 from kernels.choice import Op
 from kernels.linear import low_rank, low_rank_reference
 from kernels.time_mix7 import prepare, prepare_reference, readout, readout_reference, relu_squared
 from kernels.token_shift import mix, mix_reference
 from kernels.wkv7 import wkv7
 from rwkv_core.models.initial import depth, orthogonal, position, put, ramp
-from rwkv_core.models.skeleton import RWKV, Block, Linear, Shape, layers_of, vector, width
-from rwkv_core.models.state import BlockState
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
+from rwkv_core.models.state import BlockState, State
 
 
 @dataclass(frozen=True)
@@ -114,62 +114,55 @@ class ChannelMix(nn.Module):
         return output
 
 
-class Block7(Block):
-    """A block that goes through one token of a few sequences in one call of compiled code."""
+class WholeModel:
+    """What one compiled call for a whole token reads of a model, and whether the model is still made of it."""
 
-    att: TimeMix
-    ffn: ChannelMix
+    def __init__(self, model: nn.Module, layers: Sequence[Any]) -> None:
+        modules = [module for layer in layers for module in layer.modules()]
+        self._slots = [(d, k, v) for m in modules for d in (m._modules, m._parameters) for k, v in d.items()]
+        self._listeners = [h for m in (model, *modules) for h in (m._forward_hooks, m._forward_pre_hooks)]
+        matrices = [
+            m for b in layers for m in (b.att.receptance, b.att.key, b.att.value, b.att.output, b.ffn.key, b.ffn.value)
+        ]
+        self.parameters: list[Parameters] = []
+        """Of each block; none if an adapter stands in the place of a matrix."""
+        if all(type(m) is Linear for m in matrices):
+            self.parameters = [Parameters(dict(b.named_parameters()), b.ln1.eps, b.att.ln_x.eps) for b in layers]
 
-    def __init__(self, shape: Shape, layer: int, att: TimeMix, ffn: ChannelMix) -> None:
-        super().__init__(shape, layer, att, ffn)
-        self._known: tuple[list[Tensor | None], Parameters] | None = None
+    def holds(self) -> bool:
+        """Whether no module or tensor was exchanged or moved: 0.1 ms for 12 layers."""
+        return all([d.get(k) is v for d, k, v in self._slots]) and all([p.unchanged() for p in self.parameters])
 
-    def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor | None, BlockState]:
-        """See `Block.forward`."""
-        if x.shape[1] > 1 or torch.is_grad_enabled() or self.att.parts is not COMPILED or not self._is_plain():
-            return super().forward(x, v_first, state)
-        if self.layer == 0:
-            x = self.ln0(x)
-        first = None if v_first is None else v_first[:, 0]
-        x, first, att_shift, wkv, ffn_shift = block(x[:, 0], first, *state, self._parameters_now())
-        return x[:, None], first[:, None], BlockState(att_shift, wkv, ffn_shift)
-
-    def _is_plain(self) -> bool:
-        """Whether nothing was put in the place of a matrix, and nothing listens to a module: no adapter, no hook."""
-        matrices, others = self._modules_in_use()
-        return all(type(m) is Linear for m in matrices) and not any(
-            m._forward_hooks or m._forward_pre_hooks for m in (*matrices, *others)
-        )
-
-    def _modules_in_use(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
-        att, ffn = self.att, self.ffn
-        matrices = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
-        return matrices, (att, att.ln_x, ffn, self.ln1, self.ln2)
-
-    def _parameters_now(self) -> Parameters:
-        """Looked over anew only if a tensor was exchanged or moved."""
-        matrices, others = self._modules_in_use()
-        tensors: list[Tensor | None] = [p for module in (*matrices, *others) for p in module._parameters.values()]
-        if self._known is not None:
-            seen, parameters = self._known
-            if (
-                len(seen) == len(tensors)
-                and all(a is b for a, b in zip(seen, tensors, strict=True))
-                and parameters.unchanged()
-            ):
-                return parameters
-        parameters = Parameters(dict(self.named_parameters()), self.ln1.eps, self.att.ln_x.eps)
-        self._known = tensors, parameters
-        return parameters
+    def applies(self) -> bool:
+        """Whether nothing stands in the place of a matrix, and nobody listens to a module."""
+        return bool(self.parameters) and not any(self._listeners)
 
 
 class RWKV7(RWKV):
     """The whole model."""
 
     config: Shape7
-    block, compiled = Block7, True
+    compiled = True
     time_mix, channel_mix = TimeMix, ChannelMix
     rates = {"att.w0": 2.0}  # noqa: RUF012 (declared a ClassVar above)
+
+    def __init__(self, shape: Shape, op: Op = "auto") -> None:
+        """See `RWKV`."""
+        super().__init__(shape, op)
+        self._whole: WholeModel | None = None
+
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """See `RWKV.features`. One token of a few sequences is one call of compiled code."""
+        if tokens.shape[1] > 1 or torch.is_grad_enabled() or self._op not in ("auto", "cpu"):
+            return super().features(tokens, state)
+        if self._whole is None or not self._whole.holds():
+            self._whole = WholeModel(self, list(self.blocks))
+        if not self._whole.applies():
+            return super().features(tokens, state)
+        state = self.initial_state(len(tokens)) if state is None else state
+        ln0: Any = self.blocks[0].ln0
+        x, after = blocks(ln0(self.emb(tokens[:, 0])), state, self._whole.parameters)
+        return self.ln_out(x)[:, None], [BlockState(*block) for block in after]
 
     @classmethod
     def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape7:

@@ -91,7 +91,6 @@ class Block(nn.Module):
 class RWKV(nn.Module):
     """The whole model. Each version is a subclass."""
 
-    block: ClassVar[type[Block]] = Block
     compiled: ClassVar[bool] = False
     """Whether the WKV operator has a compiled form."""
     time_mix: ClassVar[Any]
@@ -107,7 +106,7 @@ class RWKV(nn.Module):
         self.config, self._op = shape, op
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(
-            self.block(shape, layer, self.time_mix(shape, layer, op), self.channel_mix(shape, layer, op))
+            Block(shape, layer, self.time_mix(shape, layer, op), self.channel_mix(shape, layer, op))
             for layer in range(shape.n_layer)
         )
         self.ln_out = nn.LayerNorm(shape.n_embd)

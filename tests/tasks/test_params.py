@@ -61,7 +61,7 @@ def test_each_mistake_has_value_rule_and_remedy(edited):
 
 
 def test_a_name_unlike_any_lists_what_there_is(edited):
-    assert "the names here are source, holdout" in message(edited(("  holdout:", "  zzz: 1\n  holdout:")))
+    assert "the names here are source, tokenizer, holdout" in message(edited(("  holdout:", "  zzz: 1\n  holdout:")))
 
 
 @pytest.mark.parametrize("section", ["data", "adapter", "train", "evaluate", "export", "tracking", "model"])

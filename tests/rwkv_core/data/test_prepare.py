@@ -129,6 +129,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from rwkv_core.data.prepare import prepare
+from rwkv_core.tokenizer import world
 prepare(Path(sys.argv[1]), 0.1, None, world(), Path(sys.argv[2]))
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """

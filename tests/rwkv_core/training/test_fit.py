@@ -47,7 +47,9 @@ def data(tmp_path):
 def run(data, random_model, tmp_path_factory):
     """Trains a small model, adapted unless told otherwise, and returns it with the result."""
 
-    def run(config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None, op="auto"):
+    def run(
+        config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None, op="auto"
+    ):
         model = random_model(n_layer=2, op=op).to(dtype)
         if adapter is None:
             groups = model.parameter_groups(config.optimizer.lr, config.optimizer.weight_decay)
