@@ -61,7 +61,7 @@ def prepare_reference(
         return x.view(*x.shape[:-1], -1, size)
 
     rate = torch.sigmoid(a_raw)
-    v = v0 if v_first is None or v_raw is None else torch.lerp(v0, v_first, torch.sigmoid(v_raw))
+    v = v0 if v_first is None or v_raw is None else v0 + (v_first - v0) * torch.sigmoid(v_raw)
     kappa = F.normalize(heads(k0 * k_k.view(-1)), dim=-1, eps=1e-12)
     k = k0 * (1 + (rate - 1) * k_a.view(-1))
     return heads(k), heads(v), -kappa, kappa * heads(rate)

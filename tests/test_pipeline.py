@@ -5,7 +5,12 @@ import re
 import sys
 
 import pytest
+import random_models
 from project import ROOT, make, write_base, write_corpus
+from safetensors.torch import save_file
+
+from rwkv_core import checkpoint
+from rwkv_core.formats import web_rwkv
 
 STAGES = ["prepare", "train", "merge", "evaluate", "export"]
 
@@ -138,3 +143,25 @@ def test_as_cloned_the_demo_comes_first(tmp_path):
     assert [name for name in planned if "demo" not in name] == STAGES
     assert planned.index("demo/dvc.yaml:corpus") < planned.index("prepare")
     assert planned.index("demo/dvc.yaml:pretrain") < planned.index("train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "form"), [("4", ".pth"), ("5.2", ".st"), ("6", ".safetensors")])
+def test_older_versions_and_other_forms_go_through(project, version, form):
+    """From the base to a judged and exported model, with nothing set but the path."""
+    model = random_models.make(version=version, n_layer=2, n_embd=32, head_size=16, vocab_size=65536)
+    base = project.root / "mine" / f"older{form}"
+    tensors = {name: x.detach().half() for name, x in model.state_dict().items()}
+    if form == ".pth":
+        checkpoint.write(base, tensors)
+    elif form == ".st":
+        web_rwkv.write(base, tensors)
+    else:
+        save_file(tensors, base)
+    project.set(model__base=f"mine/older{form}")
+    assert ran(project.dvc("repro").stdout) == STAGES[1:]
+    assert project.json("outputs/train/run.json")["base"]["version"] == version
+    metrics = project.json("outputs/evaluate/metrics.json")
+    assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
+    exported = checkpoint.read(project.root / "outputs/export/model.pth")
+    assert [(n, x.shape) for n, x in exported.items()] == [(n, x.shape) for n, x in model.state_dict().items()]

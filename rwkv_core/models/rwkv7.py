@@ -4,8 +4,9 @@ Shapes: B batch, T time, C channels, H heads, N head size.
 Source: Peng et al. 2025, arXiv:2503.14456; initial values and learning-rate groups: BlinkDL/RWKV-LM, RWKV-v7/train_temp.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,7 +120,9 @@ class WholeModel:
 
     def __init__(self, model: nn.Module, layers: Sequence[Any]) -> None:
         modules = [module for layer in layers for module in layer.modules()]
-        self._slots = [(d, k, v) for m in modules for d in (m._modules, m._parameters) for k, v in d.items()]
+        self._dicts = [d for m in modules for d in (m._modules, m._parameters)]
+        self._held = list(self._members())  # held, so that nothing new gets the identity of one of them
+        self._identities = list(map(id, self._held))
         self._listeners = [h for m in (model, *modules) for h in (m._forward_hooks, m._forward_pre_hooks)]
         matrices = [
             m for b in layers for m in (b.att.receptance, b.att.key, b.att.value, b.att.output, b.ffn.key, b.ffn.value)
@@ -131,7 +134,10 @@ class WholeModel:
 
     def holds(self) -> bool:
         """Whether no module or tensor was exchanged or moved: 0.1 ms for 12 layers."""
-        return all([d.get(k) is v for d, k, v in self._slots]) and all([p.unchanged() for p in self.parameters])
+        return list(map(id, self._members())) == self._identities and all([p.unchanged() for p in self.parameters])
+
+    def _members(self) -> Iterator[object]:
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
 
     def applies(self) -> bool:
         """Whether nothing stands in the place of a matrix, and nobody listens to a module."""

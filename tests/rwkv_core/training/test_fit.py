@@ -1,9 +1,7 @@
-import json
 import math
-import platform
-from pathlib import Path
 
 import pytest
+import stored
 import torch
 
 from kernels.head_loss import IGNORE
@@ -14,7 +12,6 @@ from rwkv_core.data.sampling import PackedRows
 from rwkv_core.errors import InputError
 from rwkv_core.training.fit import fit
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "fit_losses.json"
 LORA = LoraConfig(kind="lora", rank=4, alpha=8, dropout=0.0, targets=("att.*", "ffn.*"))
 
 
@@ -133,24 +130,12 @@ def test_losses_are_those_of_the_plain_formula(run, data, random_model):
 
 
 def test_golden_losses(run, pytestconfig):
-    """20 steps, to the last bit.
-
-    Matrix products sum in an order that depends on the CPU's instructions and on torch's version, so the bits are compared
-    where both are those of the stored file, and six digits elsewhere. A change that is meant to have no numerical effect
-    leaves the file as it is; `pytest --update-golden` writes it anew.
-    """
+    """20 steps of an adapter, and what is held out."""
     assert torch.get_num_threads() == 1
     _, result = run(settings(epochs=80 / 82), adapter=LORA.model_copy(update={"dropout": 0.1}), op="torch")
-    made_by = f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     found = {"train": losses(result), "valid": losses(result, "valid")}
     assert [len(values) for values in found.values()] == [20, 5]
-    if pytestconfig.getoption("--update-golden"):
-        GOLDEN.write_text(json.dumps({"made_by": made_by} | found, indent=2) + "\n")
-    golden = json.loads(GOLDEN.read_text())
-    for side, values in found.items():
-        assert values == pytest.approx(golden[side], rel=1e-5)
-        if golden["made_by"] == made_by:
-            assert values == golden[side]
+    stored.check("fit_losses", found, pytestconfig)
 
 
 def test_equal_runs_have_equal_bits(run):
