@@ -72,7 +72,9 @@ def sync() -> None:
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, .pth: outputs/merged/model.pth, or any RWKV.")],
+    model: Annotated[
+        Path, typer.Argument(help="Any RWKV-4 to 7: outputs/merged/model.pth, .safetensors, .st, a folder.")
+    ],
     state: Annotated[Path | None, typer.Option(help="A tuned state, .pth, to begin from.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter trained on the model, to work beside it.")] = None,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
@@ -88,7 +90,9 @@ def chat(
     dtype: Annotated[
         Literal["bf16", "fp32", "fp16", "as_loaded"], typer.Option(help="What to compute in.")
     ] = "as_loaded",
-    head_size_divisor: Annotated[float, typer.Option(help="As in params.yaml: 8, but 1 for some small models.")] = 8.0,
+    head_size_divisor: Annotated[
+        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
+    ] = None,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where; cuda, if there is one.")] = None,
 ) -> None:
     """Talk with a model in the terminal. The settings' defaults are those of ChatRWKV."""

@@ -117,6 +117,7 @@ def test_stages_stand_in_the_order_they_run():
         ("tasks.merge", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
         ("tasks.evaluate", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
         ("tasks.train", {"prefect", "mlflow", "dvc"}),
+        ("rwkv_core.models", {"pytorch_lightning", "safetensors", "pydantic", "ninja", "prefect", "mlflow", "dvc"}),
         ("rwkv_core.training.fit", {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "triton"}),
         ("flows.cli", {"torch", "prefect", "mlflow", "dvc"}),
     ],

@@ -7,14 +7,14 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, WorldError
 
 SAFETENSORS = (".safetensors", ".st", ".state")
 SUFFIXES = (*SAFETENSORS, ".pth", ".pt", ".bin")
@@ -28,12 +28,21 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: there is no such file, it is cut short, damaged or of another kind, or its pickle asks for code to run.
+        WorldError: it is a .safetensors, and the package is missing.
     """
     if not path.is_file():
         raise InputError(str(path), "no checkpoint is there", "correct the path, or download the model to it")
     kind = ".safetensors" if path.suffix in SAFETENSORS else ".pth"
+    load: Callable[[Path], Any] = _read_pth
+    if kind == ".safetensors":
+        try:
+            from safetensors.torch import load_file as load
+        except ImportError:
+            raise WorldError(
+                "safetensors", f"the package that reads {path} is missing", "pip install safetensors"
+            ) from None
     try:
-        tensors = safetensors.torch.load_file(path) if kind == ".safetensors" else _read_pth(path)
+        tensors = load(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:

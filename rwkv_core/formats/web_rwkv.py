@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -28,9 +27,11 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         InputError: web-rwkv has no such model.
         WorldError: there is no room, or no permission.
     """
+    from safetensors.torch import save_file  # not needed to read or train a .pth
+
     converted = {name: x.to(torch.float16).contiguous().clone() for name, x in from_official(tensors).items()}
     with whole_file(path) as temporary:
-        safetensors.torch.save_file(converted, temporary, metadata={"format": "pt"})
+        save_file(converted, temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)  # safetensors leaves it to its owner alone
 
 

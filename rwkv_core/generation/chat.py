@@ -128,7 +128,7 @@ def open_chat(
     system: str = "",
     dtype: Dtype = "as_loaded",
     device: Literal["cpu", "cuda"] | None = None,
-    head_size_divisor: float = 8.0,
+    head_size_divisor: float | None = None,
 ) -> Chat:
     """A conversation with the model in a checkpoint.
 

@@ -33,7 +33,7 @@ for stem, tokens, lengths in json.load(sys.stdin):
 """
 """The official inference package, in a process of its own: it sets switches of torch for the whole process."""
 
-SIZES = [(1, 64, 64), (2, 64, 32), (3, 128, 64), (5, 96, 8)]  # layers, channels, head size
+SIZES = [(1, 64, 64), (2, 64, 32), (3, 128, 64), (5, 96, 8), (2, 256, 128)]  # layers, channels, head size
 LENGTHS = (1, 16, 5, 1, 14)  # of the slices
 
 
