@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each sets up all that it needs; nothing is assumed but Python 3.11+ and gcc.
+# Two commands: `make demo` and `make test`. Each sets up all that it needs; nothing is assumed but Python 3.11+ and g++.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
