@@ -6,6 +6,7 @@ Source: BlinkDL/RWKV-LM: RWKV-v4neo, RWKV-v5 and RWKV-v7/train_temp.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Block(nn.Module):
         return x, v_first, BlockState(z[:, -1], wkv, zz[:, -1])
 
 
-class RWKV(nn.Module):
+class RWKV(nn.Module, ABC):
     """The whole model. Each version is a subclass."""
 
     compiled: ClassVar[bool] = False
@@ -115,6 +116,7 @@ class RWKV(nn.Module):
         self.register_state_dict_post_hook(_in_the_files_order)  # type: ignore[no-untyped-call]
 
     @classmethod
+    @abstractmethod
     def shape_of(cls, tensors: Mapping[str, Tensor], head_size_divisor: float) -> Shape:
         """Sizes of the model in a checkpoint of this version.
 
@@ -122,12 +124,11 @@ class RWKV(nn.Module):
             KeyError: a tensor that tells a size is missing.
             ValueError: such a tensor has another number of dimensions, or two disagree.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def new_shape(cls, n_layer: int, n_embd: int, head_size: int, vocab_size: int) -> Shape:
         """Sizes of a new model, by the official rules for training from scratch."""
-        raise NotImplementedError
 
     def initial_wkv(self, batch: int) -> Tensor:
         """The WKV state of a block before the first token."""
@@ -136,9 +137,9 @@ class RWKV(nn.Module):
             batch, s.dim_att // s.head_size, s.head_size, s.head_size, dtype=torch.float32
         )
 
+    @abstractmethod
     def initialize_block(self, block: Any, layer: int, generator: torch.Generator) -> None:
         """Set every value of a block but its layer norms."""
-        raise NotImplementedError
 
     def wkv_implementation(self, steps: int) -> str:
         """Which form of the WKV operator runs on sequences of `steps` tokens."""
