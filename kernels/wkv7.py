@@ -268,14 +268,14 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
+def _fake_gradients(
     r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, before: Tensor, dy: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     same = [x.new_empty(x.shape) for x in (r, w_raw, k, v, a, b)]
     return same[0], same[1], same[2], same[3], same[4], same[5], before.new_empty(dfinal.shape)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:6], output[2])
 
 
@@ -349,16 +349,7 @@ def _cpu_backward(
     return dr, dw_raw, dk, dv, da, db, grads[6]
 
 
-@_cpu_backward.register_fake
-def _(
-    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, before: Tensor, dy: Tensor, dfinal: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    same = [x.new_empty(x.shape) for x in (r, w_raw, k, v, a, b)]
-    return same[0], same[1], same[2], same[3], same[4], same[5], before.new_empty(dfinal.shape)
-
-
-def _cpu_save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6], output[2])
+_cpu_backward.register_fake(_fake_gradients)
 
 
 def _cpu_grad(
@@ -368,4 +359,4 @@ def _cpu_grad(
     return *grads, None
 
 
-_cpu_forward.register_autograd(_cpu_grad, setup_context=_cpu_save)
+_cpu_forward.register_autograd(_cpu_grad, setup_context=_save)

@@ -24,14 +24,7 @@ def merge(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     Raises:
         InputError: a file can't be read, the adapter was trained on another base, or does not fit it.
     """
-    deltas, record = file.read(adapter)
-    found = sha256(base)
-    if found != record.base_sha256:
-        raise InputError(
-            f"{base} (sha256 {found[:12]}...)",
-            f"{adapter} was trained on another base (sha256 {record.base_sha256[:12]}...)",
-            "merge it into that one",
-        )
+    deltas, record = file.read_for(base, adapter, "merge it into that one")
     tensors = checkpoint.read(base)
     modules = sorted({name.rsplit(".", 1)[0] for name in deltas})
     for module in modules:
@@ -44,7 +37,7 @@ def merge(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
         tensors[f"{module}.weight"] = (weight.float() + delta).to(weight.dtype)
     checkpoint.write(out, tensors)
     return {
-        "base": {"path": str(base), "sha256": found},
+        "base": {"path": str(base), "sha256": record.base_sha256},
         "adapter": {"path": str(adapter), "sha256": sha256(adapter), "kind": record.adapter.kind, "run": record.run},
         "merged": {"sha256": sha256(out), "bytes": out.stat().st_size, "matrices_changed": len(modules)},
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv_core import checkpoint
 from rwkv_core.config import AdapterConfig, Config
 from rwkv_core.errors import InputError
-from rwkv_core.files import whole_file
+from rwkv_core.files import sha256, whole_file
 
 _ENTRY = "archive/rwkv-flow.json"
 
@@ -73,3 +73,25 @@ def read(path: Path) -> tuple[dict[str, Tensor], AdapterRecord]:
         first = error.errors(include_url=False)[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise InputError(f"{path}: {_ENTRY}", f"is of another version ({reason})", "train the adapter anew") from None
+
+
+def read_for(base: Path, path: Path, remedy: str) -> tuple[dict[str, Tensor], AdapterRecord]:
+    """The tensors and the record of an adapter that is to be used with the checkpoint `base`.
+
+    Args:
+        base: a file or a folder.
+        path: the adapter.
+        remedy: what to do if it was trained on another base.
+
+    Raises:
+        InputError: it was, can't be read, or has no record.
+    """
+    tensors, record = read(path)
+    found = sha256(base)
+    if found != record.base_sha256:
+        raise InputError(
+            f"{base} (sha256 {found[:12]}...)",
+            f"{path} was trained on another base (sha256 {record.base_sha256[:12]}...)",
+            remedy,
+        )
+    return tensors, record

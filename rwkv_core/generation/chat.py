@@ -13,7 +13,6 @@ from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach, file
 from rwkv_core.checkpoint import DTYPES, Dtype
 from rwkv_core.errors import InputError, WorldError
-from rwkv_core.files import sha256
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import Continuation, stream
 from rwkv_core.models.skeleton import RWKV
@@ -159,13 +158,7 @@ def open_chat(
 
 
 def _put_beside(model: nn.Module, base: Path, adapter: Path) -> None:
-    tensors, record = file.read(adapter)
-    if (found := sha256(base)) != record.base_sha256:
-        raise InputError(
-            f"{base} (sha256 {found[:12]}...)",
-            f"{adapter} was trained on another base (sha256 {record.base_sha256[:12]}...)",
-            "give that one",
-        )
+    tensors, record = file.read_for(base, adapter, "give that one")
     attach(model, record.adapter, seed=0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wrong = sorted(name for name, p in trained.items() if name not in tensors or tensors[name].shape != p.shape)

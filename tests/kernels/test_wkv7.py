@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from parity import assert_parity
+from recurrence import run
 
 from kernels import build
 from kernels import wkv7 as module
@@ -12,7 +13,6 @@ from kernels.wkv7 import CHUNK, wkv7, wkv7_reference
 INPUTS = ("r", "w_raw", "k", "v", "a", "b", "state")
 NAMES = ("y", "final", *(f"d{name}" for name in INPUTS))
 OPS = ["torch", "cpu"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS_AND_DEVICES = [("torch", "cpu"), ("cpu", "cpu"), pytest.param("torch", "cuda", marks=pytest.mark.gpu)]
 # batch, steps, heads, head size: no chunk length divides most of them
 SHAPES = [
@@ -37,16 +37,6 @@ def draw(batch, steps, heads, size, dtype=torch.float32, device="cpu", decay="us
     xs = [randn(*shape), w_raw, randn(*shape), randn(*shape), -kappa, kappa * torch.sigmoid(randn(*shape))]
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return [x.to(device, dtype) for x in xs] + [randn(batch, heads, size, size).to(device, state_dtype)]
-
-
-def run(op, xs, dtype=None):
-    """Outputs, and the gradients of all seven inputs under a random cotangent, which is the same for every precision."""
-    xs = [x.detach().clone().requires_grad_() for x in xs]
-    y, final = op(*xs)
-    generator = torch.Generator().manual_seed(99)
-    dtype = dtype or y.dtype
-    dy, dfinal = (torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in (y, final))
-    return y.detach(), final.detach(), *torch.autograd.grad((y, final), xs, (dy, dfinal))
 
 
 def compare(op, xs):
