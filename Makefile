@@ -32,6 +32,8 @@ lint: setup
 	ruff format --check .
 	mypy
 
-# On a machine with a CUDA device and a torch of its own: what only it can check. It needs torch and pytest, and no .venv.
+# On a machine with a CUDA device and a torch of its own: what only it can check, then what only it can measure, into
+# benchmarks/results. It needs torch, triton, nvcc and pytest, and no .venv.
 gpu-check:
 	$(PYTHON) -m pytest -m gpu tests/kernels tests/rwkv_core/models
+	$(PYTHON) -m benchmarks.gpu

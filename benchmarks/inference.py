@@ -146,7 +146,7 @@ def measure(folder: Path, threads: int, rounds: int) -> str:
     official = Official(folder / "model", threads)
     wide, narrow = models.load(path), models.load(path, dtype=torch.bfloat16)
     large, total = torch.randn(1 << 26), torch.empty(1)
-    read = build.function("rwkv_sum", "4q")
+    read = build.function("linear", "rwkv_sum", "4q")
     results: dict[str, Tensor] = {}
 
     def prompt(model: RWKV, name: str) -> Callable[[], None]:

@@ -154,7 +154,7 @@ def _fit(x: Tensor, v_first: Tensor | None, states: Sequence[State], parameters:
     return (
         0 < rows <= ROWS
         and len(states) == len(parameters)
-        and direct(*given, one.tensors["att.r_k"], *wanted)
+        and direct("block7", *given, one.tensors["att.r_k"], *wanted)
         and all(p.fits and p.channels == channels and p.heads == one.heads for p in parameters)
         and all(p.has_value_residual for p in parameters[v_first is None :])
         and (v_first is None or (v_first.shape == vectors and v_first.dtype is x.dtype))
@@ -184,7 +184,7 @@ def _run(
     out = torch.empty_like(x)
     given = None if v_first is None else v_first.contiguous()
     value = torch.empty_like(x) if v_first is None else v_first
-    build.function("rwkv_block7", "9q")(
+    build.function("block7", "rwkv_block7", "9q")(
         x.data_ptr(), 0 if given is None else given.data_ptr(), out.data_ptr(), value.data_ptr() if given is None else 0,
         rows, x.dtype is torch.bfloat16, build.threads(), count, layers.buffer_info()[0],
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Compiles `csrc` once per machine and source, into the user's cache folder, and loads it.
 
-The sources are C++17 behind a plain C ABI: no header of torch, so a build takes seconds and outlives torch's versions.
-Without a compiler there is one warning, and the operators run in torch.
+The sources are C++17 and CUDA behind a plain C ABI: no header of torch, so a build takes seconds and outlives torch's
+versions. Each source is a library of its own, made when it is first asked for. Without a compiler there is one warning for
+each, and the operators run in another form.
 """
 
 import ctypes
@@ -18,49 +19,72 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+Kind = Literal["cpu", "cuda", "host"]
+"""What a library is made of, and for: csrc/*.cpp for the CPU; csrc/cuda/*.cu for an NVIDIA GPU; and the same for the CPU, as
+csrc/cuda/device.h lets it run there, slowly: the tests prove the CUDA code by it where there is no GPU."""
+
 SOURCES = Path(__file__).parent / "csrc"
 
-FLAGS = "-O3 -march=native -std=c++17 -fPIC -fopenmp -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 """-ffp-contract=fast is GCC's default, and makes Clang fuse products and sums as GCC does."""
+
+LEVELS = {
+    "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512",
+    "AVX2": "-mavx2 -mfma",
+}
+"""By what torch says of the processor, which $ATEN_CPU_CAPABILITY overrides; on any other, what the compiler takes for
+granted: NEON on ARM."""
+
+HOST_FLAGS = "-x c++ -O2 -std=c++17 -fPIC -DRWKV_HOST -Wall -Wextra -Wno-unknown-pragmas"
+
+CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC"
 
 COMPILERS = ("c++", "g++", "clang++")
 """Tried in this order where $CXX names none. GCC's OpenMP runtime is the one that torch brings."""
 
+CUDA_HOMES = ("/usr/local/cuda",)
+"""Where nvcc is looked for beside $PATH and $CUDA_HOME."""
+
 _NINJA = """\
 rule compile
-  command = {cxx} {flags} -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
+  command = {compile} -c $in -o $out
 rule link
-  command = {cxx} {flags} -shared $in -o $out
-{objects}
-build rwkv.so: link {names}
+  command = {link} -shared $in -o $out
+build {name}.o: compile {source}
+build {name}.so: link {name}.o
 """
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled operators, built now if this machine has not built these sources before; None if it can't.
+def library(source: str, kind: Kind = "cpu") -> ctypes.CDLL | None:
+    """A compiled source, built now if this machine has not built it before; None if it can't.
 
     The reason is then a warning, given once. Calls from several processes at once are safe: each builds in a folder of
     its own, the first to finish puts it in place, and all use that one.
+
+    Args:
+        source: the file's name, without its ending.
+        kind: which file, and what for.
     """
     try:
-        compiler = _compiler()
-        path = _cache() / _key(compiler) / "rwkv.so"
+        command = _command(kind)
+        path = _cache() / _key(source, kind, command) / f"{source}.so"
         if not path.exists():
-            _build(compiler, path.parent)
+            _build(source, kind, command, path.parent)
         return _load(path)
     except RuntimeError as error:
-        warnings.warn(f"{error}; until then RWKV runs on this CPU in torch, several times slower", stacklevel=2)
+        then = "on this GPU in Triton or torch" if kind == "cuda" else "on this CPU in torch"
+        warnings.warn(f"{error}; until then {source} runs {then}, several times slower", stacklevel=2)
         return None
 
 
-def available() -> bool:
+def available(source: str, kind: Kind = "cpu") -> bool:
     """Whether `library` is there."""
-    return library() is not None
+    return library(source, kind) is not None
 
 
 # torch.compile takes the answer, rather than to trace how it was found. `torch.compiler.assume_constant_result` sets
@@ -69,24 +93,56 @@ available.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def function(name: str, fields: str) -> Callable[..., None]:
-    """A function of the library, which must be `available`.
+def function(source: str, name: str, fields: str, kind: Kind = "cpu") -> Callable[..., None]:
+    """A function of a library, which must be `available`.
 
     In C it takes one pointer to a record of fields of 8 bytes each: ctypes would take 0.2 us to convert each argument, and a
-    token is hundreds of arguments.
+    token is hundreds of arguments. On a GPU it returns a cudaError_t.
 
     Args:
+        source: of the library.
         name: its name in C.
         fields: of the record, as `struct` has them: q an int64_t or an address, d a double.
+        kind: of the library.
+
+    Raises:
+        RuntimeError: by the function that is returned, if CUDA refuses.
     """
-    found = getattr(library(), name)
-    found.argtypes, found.restype = [ctypes.c_char_p], None
+    found = getattr(library(source, kind), name)
+    found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int if kind != "cpu" else None
     pack = struct.Struct(fields).pack
+    if kind == "cpu":
 
-    def call(*values: float) -> None:
-        found(pack(*values))
+        def call(*values: float) -> None:
+            found(pack(*values))
 
-    return call
+        return call
+
+    def launch(*values: float) -> None:
+        error = found(pack(*values))
+        if error:
+            describe = library(source, kind).rwkv_error_string  # type: ignore[union-attr]
+            describe.restype = ctypes.c_char_p
+            raise RuntimeError(f"{name}: {describe(error).decode()} (CUDA error {error})")
+
+    return launch
+
+
+def _command(kind: Kind) -> tuple[list[str], list[str]]:
+    """How to compile, and how to link.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    if kind == "cuda":
+        nvcc = _nvcc()
+        return [*nvcc, *CUDA_FLAGS.split(), *_architectures()], nvcc
+    compiler = _compiler()
+    if kind == "host":
+        return [*compiler, *HOST_FLAGS.split()], compiler
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    level = LEVELS.get(torch.backends.cpu.get_cpu_capability(), "") if x86 else ""
+    return [*compiler, *FLAGS.split(), *level.split()], [*compiler, "-fopenmp"]
 
 
 def _compiler() -> list[str]:
@@ -98,25 +154,36 @@ def _compiler() -> list[str]:
     raise RuntimeError(f"no C++ compiler is here (looked for {tried}); install g++, or set $CXX to one")
 
 
+def _nvcc() -> list[str]:
+    homes = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), *CUDA_HOMES) if home]
+    for found in (shutil.which("nvcc"), *(shutil.which("nvcc", path=home) for home in homes)):
+        if found:
+            return [found]
+    raise RuntimeError("no nvcc is here; install the CUDA toolkit, or set $CUDA_HOME to where it is")
+
+
+def _architectures() -> list[str]:
+    """Of the GPUs that are present."""
+    present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    codes = [f"{major}{minor}" for major, minor in sorted(present)]
+    return [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+
+
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv-flow"
 
 
-def _processor() -> str:
-    """What -march=native looks at: a home folder may be shared by machines that differ in it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if file.exists() else []
-    names = ("model", "stepping", "cpu family", "model name", "flags", "Features", "CPU part")
-    told = [line for line in lines if line.split("\t")[0].strip() in names]
-    return "\n".join((platform.machine(), platform.processor(), *told))
+def _file(source: str, kind: Kind) -> Path:
+    return SOURCES / f"{source}.cpp" if kind == "cpu" else SOURCES / "cuda" / f"{source}.cu"
 
 
-def _key(compiler: list[str]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256("\n".join((*compiler, version, FLAGS, _NINJA, _processor())).encode())
-    for file in sorted(SOURCES.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:32]
+def _key(source: str, kind: Kind, command: tuple[list[str], list[str]]) -> str:
+    version = subprocess.run([command[1][0], "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256("\n".join((*command[0], *command[1], version, _NINJA)).encode())
+    file = _file(source, kind)
+    for part in (file, *sorted(file.parent.glob("*.h"))):
+        digest.update(part.name.encode() + b"\0" + (part.read_bytes() if part.exists() else b"") + b"\0")
+    return f"{source}-{kind}-{digest.hexdigest()[:24]}"
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -126,32 +193,31 @@ def _load(path: Path) -> ctypes.CDLL:
         raise RuntimeError(f"{error}; delete {path.parent}, to build it anew") from error
 
 
-def _build(compiler: list[str], folder: Path) -> None:
+def _build(source: str, kind: Kind, command: tuple[list[str], list[str]], folder: Path) -> None:
     """Make `folder`, whole or not at all.
 
     Raises:
         RuntimeError: the compiler failed, or the folder can't be written.
     """
-    files = sorted(SOURCES.glob("*.cpp"))
-    text = _NINJA.format(
-        cxx=shlex.join(compiler).replace("$", "$$"),
-        flags=FLAGS,
-        objects="\n".join(f"build {file.stem}.o: compile {_escaped(file)}" for file in files),
-        names=" ".join(f"{file.stem}.o" for file in files),
-    )
+    compiling, linking = (shlex.join(part).replace("$", "$$") for part in command)
+    text = _NINJA.format(compile=compiling, link=linking, name=source, source=_escaped(_file(source, kind)))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder.parent) as temporary:
             made = Path(temporary) / "library"
             made.mkdir()
             (made / "build.ninja").write_text(text, encoding="utf-8")
-            command = [sys.executable, "-m", "ninja", "-C", str(made), "rwkv.so"]
-            done = subprocess.run(command, capture_output=True, text=True)
+            ninja = [sys.executable, "-m", "ninja", "-C", str(made), f"{source}.so"]
+            done = subprocess.run(ninja, capture_output=True, text=True)
             if done.returncode:
                 said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+                needs = (
+                    "a CUDA toolkit that fits the driver and the GPU, or set $CUDA_HOME to one"
+                    if kind == "cuda"
+                    else "a C++17 compiler with OpenMP such as g++ 9 or later, or set $CXX to one"
+                )
                 raise RuntimeError(
-                    f"`{shlex.join(command)}` failed:\n{said}\ninstall ninja (pip install ninja) and a C++17 compiler with "
-                    "OpenMP such as g++ 9 or later, or set $CXX to one"
+                    f"`{shlex.join(ninja)}` failed:\n{said}\ninstall ninja (pip install ninja) and {needs}"
                 )
             try:
                 made.rename(folder)

@@ -1,119 +1,302 @@
 """The head and its cross-entropy in one: a vocabulary of 65536 never stands in memory for all positions at once.
 
-    z = h W'      nll = logsumexp(z) - z[target]      dz = softmax(z) - onehot(target)
+    z = h W'      nll = logsumexp(z) - z[target]      loss = sum_t weight_t nll_t
+    dz_t = weight_t (softmax(z_t) - onehot(target_t) + l2_wrap max(z_t) onehot(argmax(z_t)))
+    dh = dz W     dW = dz' h
 
-Rows are done a block at a time, and the gradients of h and W are formed while a block's logits are at hand, so the
-backward only scales them. W's gradient is formed only if W is trained.
+Rows are done a block at a time: a product gives the block's logits, one pass over them leaves nll and, in their place, dz,
+and more products make of it dh and, if W is trained, dW. So the gradients are there when the loss is, and the backward only
+scales them. Positions that are not learned are left out at the start, and cost nothing.
 
-L2Wrap is RWKV's regulariser: it adds l2_wrap * max(z) to dz at the largest logit, and nothing to the loss. Here it takes
-part in the scaling of the loss, and skips positions that have no target.
+L2Wrap is RWKV's regulariser: it pulls the largest logit, the first of equals, towards 0, and adds nothing to the loss. Here it
+takes part in the scaling of the loss, and in the weights of tokens.
 Shapes: R rows (positions), C channels, V vocabulary. Source: Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989;
 L2Wrap: BlinkDL/RWKV-LM.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels import build
+from kernels.choice import Form, Op, choose
+from kernels.linear import slow_in
+
 IGNORE = -100
 """Target of a position that is not learned."""
 
-ROWS = 64
-"""Rows a block: 16 MB of float32 logits at V = 65536. 64 and 128 were the fastest of 16 to 1024 on a 2-core CPU."""
+FORMS: tuple[Form, ...] = ("cpu", "triton", "torch")
+"""Of the pass over a block's logits, fastest first. The products are the library's in all of them."""
+
+LOGITS = 1 << 26
+"""Bytes of a block's logits: 256 rows of float32 at V = 65536. On a 2-core CPU, 512 rows at C = 768 took 1.53 times as long as
+the bare products of all rows at once with 16 MB, 1.21 with 32, 1.20 with 64, 1.15 with 128."""
+
+CONVERTED = 1 << 22
+"""Weights that stand in another dtype at a time, where the products need one that is not theirs: 16 MB."""
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2_wrap: float = 0.0) -> Tensor:
-    """Sum of the cross-entropies of all positions that have a target.
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2_wrap: float = 0.0,
+    *,
+    token_weight: Tensor | None = None,
+    op: Op = "auto",
+) -> Tensor:
+    """Weighted sum of the cross-entropies of all positions that have a target.
 
     Args:
-        hidden: (R, C), what the head reads.
-        weight: (V, C), the head's matrix.
+        hidden: (R, C), what the head reads. The products are in its dtype, or autocast's, or float32 where that is faster.
+        weight: (V, C), the head's matrix; it may be of another dtype.
         targets: (R,) int64 in [0, V), or IGNORE.
         l2_wrap: strength of L2Wrap; 0 is none.
+        token_weight: (R,), 0 or more: what each position's loss and L2Wrap count; 0 is as IGNORE. It is data, and gets no
+            gradient. None is 1 for all.
+        op: the implementation; "auto" takes the fastest that works, see `kernels.choice`.
 
     Returns:
-        The sum in nats, a float32 scalar; 0 where no position has a target. Divide by the number of targets for a mean.
+        The sum in nats, a float32 scalar (float64 if hidden is); 0 where no position is learned. Divide by the number of
+        targets for a mean.
 
     Raises:
-        ValueError: the shapes disagree.
+        ValueError: the shapes disagree; a target or a weight is out of its range; `token_weight` requires gradients; or `op`
+            can't work on these.
+        RuntimeError: `op` could not be compiled, or its library is missing.
     """
-    _check(hidden, weight, targets)
-    result: Tensor = _HeadLoss.apply(hidden, weight, targets, l2_wrap)  # type: ignore[no-untyped-call]
-    return result
+    _check(hidden, weight, targets, token_weight)
+    hidden = _mixed(hidden)
+    return apply(choose("head_loss", op, FORMS, hidden), hidden, weight, targets, l2_wrap, token_weight)
 
 
-def head_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor, l2_wrap: float = 0.0) -> Tensor:
-    """The same by plain torch operations, with L2Wrap as a term whose value is 0 and whose gradient is the pull."""
-    logits = hidden @ weight.mT
-    loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    largest = logits.amax(-1)
-    pull = 0.5 * l2_wrap * (largest**2)[targets != IGNORE].sum()
-    return loss + pull - pull.detach()
+def head_loss_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, l2_wrap: float = 0.0, token_weight: Tensor | None = None
+) -> Tensor:
+    """The same by plain torch operations, with L2Wrap as a term whose value is 0 and whose gradient is the pull.
+
+    Where the largest logit is there twice, its pull is shared between the two.
+    """
+    logits = hidden @ weight.to(hidden.dtype).mT
+    logits = logits.to(_wide(logits))
+    nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    pull = 0.5 * l2_wrap * logits.amax(-1) ** 2
+    terms = nll + pull - pull.detach()
+    learned = targets != IGNORE
+    if token_weight is not None:
+        learned = learned & (token_weight > 0)
+        terms = terms * token_weight
+    return terms[learned].sum()
 
 
 @torch.no_grad()
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each position in nats, (R,) float32; 0 where the target is IGNORE. Shapes as in `head_loss`."""
-    _check(hidden, weight, targets)
-    blocks = [
-        torch.nn.functional.cross_entropy(
-            (hidden[i : i + ROWS] @ weight.mT).float(), targets[i : i + ROWS], ignore_index=IGNORE, reduction="none"
-        )
-        for i in range(0, len(targets), ROWS)
-    ]
-    return torch.cat(blocks) if blocks else hidden.new_zeros(0, dtype=torch.float32)
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, *, op: Op = "auto") -> Tensor:
+    """Cross-entropy of each position in nats, (R,) float32; 0 where the target is IGNORE. As `head_loss` otherwise."""
+    _check(hidden, weight, targets, None)
+    hidden = _mixed(hidden)
+    form = choose("head_loss", op, FORMS, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if form == "reference":
+            logits = hidden @ weight.to(hidden.dtype).mT
+            return torch.nn.functional.cross_entropy(
+                logits.to(_wide(logits)), targets, ignore_index=IGNORE, reduction="none"
+            )
+        nll: Tensor = _forward(hidden, weight, targets, None, 0.0, form, False, False)[1]
+        return nll
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def apply(
+    form: Form,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2_wrap: float = 0.0,
+    token_weight: Tensor | None = None,
+) -> Tensor:
+    """The operator by the form of that name, which must be able to work on these: `head_loss` has chosen and checked."""
+    with torch.autocast(hidden.device.type, enabled=False):  # `head_loss` has asked it for the products' dtype
+        if form == "reference":
+            return head_loss_reference(hidden, weight, targets, l2_wrap, token_weight)
+        wants = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+        loss: Tensor = _forward(hidden, weight, targets, token_weight, l2_wrap, form, *wants)[0]
+        return loss
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor | None) -> None:
     rows, channels = hidden.shape
-    if weight.shape[1:] != (channels,) or targets.shape != (rows,):
+    if weight.ndim != 2 or weight.shape[1] != channels or targets.shape != (rows,):
         raise ValueError(
             f"weight is {tuple(weight.shape)} and targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}; "
             f"they must be (V, {channels}) and ({rows},); flatten batch and time into rows"
         )
-
-
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        dhidden = torch.zeros_like(hidden) if wants_hidden else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        learned = targets != IGNORE
-        for i in range(0, len(targets), ROWS):
-            block = slice(i, i + ROWS)
-            h, mask = hidden[block], learned[block]
-            target = targets[block].masked_fill(~mask, 0)[:, None]
-            z = (h @ weight.mT).float()
-            log_p = torch.log_softmax(z, 1)
-            total -= log_p.gather(1, target)[mask].double().sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            dz = log_p.exp_()  # in place: these are the largest tensors of a training step
-            dz.scatter_add_(1, target, dz.new_full(target.shape, -1))
-            if l2_wrap:
-                largest, where = z.max(1, keepdim=True)
-                dz.scatter_add_(1, where, l2_wrap * largest)
-            if not mask.all():
-                dz.mul_(mask[:, None])
-            dz = dz.to(weight.dtype)
-            if dhidden is not None:
-                dhidden[block] = dz @ weight
-            if dweight is not None:
-                dweight.addmm_(dz.mT.float(), h.float())
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
-        return total.float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
-        dhidden, dweight = ctx.saved_tensors
-        (scale,) = grads
-        return (
-            None if dhidden is None else dhidden * scale,
-            None if dweight is None else (dweight * scale).to(ctx.weight_dtype),
-            None,
-            None,
+    if token_weight is not None and (token_weight.shape != (rows,) or token_weight.requires_grad):
+        raise ValueError(
+            f"token_weight is {tuple(token_weight.shape)}, requires_grad={token_weight.requires_grad}; it must be ({rows},) "
+            "and data: no gradient reaches it; flatten and detach it"
         )
+
+
+def _mixed(hidden: Tensor) -> Tensor:
+    """As mixed precision would have it read."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.library.custom_op("rwkv::head_loss", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    l2_wrap: float,
+    form: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; nll, (R,), not weighted; and the gradients of hidden and weight where they are wanted, else nothing."""
+    nll = hidden.new_zeros(len(hidden), dtype=_wide(hidden))
+    dhidden = hidden.new_zeros(hidden.shape if wants_hidden else 0)
+    dweight = weight.new_zeros(weight.shape if wants_weight else 0, dtype=_wide(weight))
+    counts = None if token_weight is None else token_weight.to(nll.dtype)
+    learned = _learned(targets, counts, len(weight))
+    dtype = torch.float32 if slow_in(hidden) else hidden.dtype
+    rows = _rows(len(learned), len(weight) * dtype.itemsize)
+    logits = hidden[:0].to(dtype).new_empty(rows, len(weight))
+    for start in range(0, len(learned), rows):
+        at = slice(start, start + rows) if len(learned) == len(targets) else learned[start : start + rows]
+        h = hidden[at].to(dtype)
+        z, found = logits[: len(h)], nll.new_empty(len(h))
+        for part, w in _parts(weight, dtype):
+            torch.mm(h, w.mT, out=z[:, part])
+        aims, each = targets[at].contiguous(), None if counts is None else counts[at].contiguous()
+        _fused(form)(z, aims, each, l2_wrap, found, wants_hidden or wants_weight)
+        nll[at] = found
+        if wants_hidden:
+            dh = nll.new_zeros(h.shape)  # float32: in bfloat16 the parts' sum would lose what each of them keeps
+            for part, w in _parts(weight, dtype):
+                dh += z[:, part] @ w
+            dhidden[at] = dh.to(hidden.dtype)
+        if wants_weight:
+            for part in _slices(weight):
+                dw, dz = dweight[part], z[:, part].mT
+                dw.addmm_(dz, h) if dw.dtype is dtype else dw.add_(dz @ h)
+    loss = (nll.double() if counts is None else nll.double() * counts).sum().to(nll.dtype)
+    return loss, nll, dhidden, dweight
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    l2_wrap: float,
+    form: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nll = hidden.new_empty(len(hidden), dtype=_wide(hidden))
+    dhidden = hidden.new_empty(hidden.shape if wants_hidden else 0)
+    dweight = weight.new_empty(weight.shape if wants_weight else 0, dtype=_wide(weight))
+    return nll.new_empty(()), nll, dhidden, dweight
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.weight_dtype = inputs[1].dtype
+
+
+def _grad(ctx: Any, scale: Tensor, *_of_others: Tensor) -> tuple[Tensor | None, ...]:
+    dhidden, dweight = ctx.saved_tensors
+    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    return (
+        dhidden * scale.to(dhidden.dtype) if wants_hidden else None,
+        (dweight * scale).to(ctx.weight_dtype) if wants_weight else None,
+        *[None] * 6,
+    )
+
+
+_forward.register_autograd(_grad, setup_context=_save)
+
+
+def _learned(targets: Tensor, counts: Tensor | None, vocab: int) -> Tensor:
+    """Which rows count.
+
+    Raises:
+        ValueError: a target or a weight is out of its range.
+    """
+    learned = targets != IGNORE
+    outside = learned & ((targets < 0) | (targets >= vocab))
+    if outside.any():
+        raise ValueError(f"a target is {targets[outside][0]}; it must be in [0, {vocab}), or {IGNORE} to ignore it")
+    if counts is not None:
+        if not (counts >= 0).all():
+            raise ValueError(f"a token_weight is {counts[~(counts >= 0)][0]}; it must be 0 or more")
+        learned &= counts > 0
+    return learned.nonzero().squeeze(1)
+
+
+def _rows(learned: int, size: int) -> int:
+    """Rows a block, of `size` bytes each: as many as LOGITS allows, in blocks of about one size."""
+    blocks = -(-learned // max(LOGITS // size, 1))
+    return -(-learned // max(blocks, 1)) or 1
+
+
+def _slices(weight: Tensor) -> Iterator[slice]:
+    """Of its rows, CONVERTED values each."""
+    step = max(CONVERTED // max(weight.shape[1], 1), 1)
+    return (slice(first, first + step) for first in range(0, len(weight), step))
+
+
+def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight's rows in another dtype, some at a time, lest all of it stands in memory twice; in its own, all at once."""
+    if weight.dtype is dtype:
+        yield slice(None), weight
+        return
+    for part in _slices(weight):
+        yield part, weight[part].to(dtype)
+
+
+# The pass over a block: nll of its rows (not weighted) and, if that is wanted, the gradient of the logits in their place.
+# z (rows, V), targets (rows,), counts (rows,) the weights or None for 1, nll (rows,).
+_Fused = Callable[[Tensor, Tensor, Tensor | None, float, Tensor, bool], None]
+
+
+def _fused(form: str) -> _Fused:
+    if form == "cpu":
+        return _fused_cpu
+    if form == "triton":
+        from kernels import head_loss_triton
+
+        return head_loss_triton.fused
+    if form == "torch":
+        return _fused_torch
+    raise ValueError(f"form={form!r}; it must be one of {FORMS}; say op='auto'")
+
+
+def _fused_cpu(z: Tensor, targets: Tensor, counts: Tensor | None, l2_wrap: float, nll: Tensor, wants: bool) -> None:
+    build.function("head_loss", "rwkv_head_loss", "6qd3q")(
+        z.data_ptr(), targets.data_ptr(), 0 if counts is None else counts.data_ptr(), nll.data_ptr(), *z.shape, l2_wrap,
+        z.dtype is torch.bfloat16, wants, build.threads(),
+    )  # fmt: skip
+
+
+def _fused_torch(z: Tensor, targets: Tensor, counts: Tensor | None, l2_wrap: float, nll: Tensor, wants: bool) -> None:
+    log_p = torch.log_softmax(z, 1, dtype=nll.dtype)
+    rows = torch.arange(len(z), device=z.device)
+    torch.neg(log_p[rows, targets], out=nll)
+    if wants:
+        dz = log_p.exp_()  # in place: these are the largest tensors of a training step
+        dz[rows, targets] -= 1
+        if l2_wrap:
+            largest, where = z.max(1)
+            dz[rows, where] += l2_wrap * largest.to(dz.dtype)
+        if counts is not None:
+            dz *= counts[:, None]
+        z.copy_(dz)

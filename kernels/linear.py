@@ -5,6 +5,7 @@ where a processor without bfloat16 computes in float32.
 Shapes: ... any number of rows.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -35,29 +36,32 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     size = x.shape[-1]
     rows = x.numel() // size if size else 0
-    if not rows or not direct(x, weight):
+    if not rows or not direct("linear", x, weight):
         return linear_reference(x, weight)
     if rows > ROWS:
-        return _widened(x, weight) if _slow_in(x) else linear_reference(x, weight)
+        return _widened(x, weight) if slow_in(x) else linear_reference(x, weight)
     out = weight.shape[0]
     if weight.shape[1] != size:
         raise ValueError(f"weight is {tuple(weight.shape)}; for x {tuple(x.shape)} it must be (out, {size})")
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    build.function("rwkv_linear", "9q")(
+    build.function("linear", "rwkv_linear", "9q")(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, size, out,
         x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, build.threads(),
     )  # fmt: skip
     return y
 
 
-def _slow_in(x: Tensor) -> bool:
-    """Whether the processor has no bfloat16 products, so that torch's are several times slower than in float32."""
-    if x.dtype is not torch.bfloat16:
-        return False
-    native = torch.empty(1, dtype=torch.int64)
-    build.function("rwkv_has_bf16", "q")(native.data_ptr())
-    return not native.item()
+def slow_in(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a processor without bfloat16 products: torch's are then several times slower than float32's."""
+    return x.dtype is torch.bfloat16 and x.is_cpu and not _multiplies_bf16()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """A torch that can't tell gets float32, which is never slow."""
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(told.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _widened(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,10 +100,10 @@ def low_rank(
     size, rank = x.shape[-1], down.shape[1]
     rows = x.numel() // size if size else 0
     given = (x, down, up) if bias is None else (x, down, up, bias)
-    if not rows or not direct(*given) or any(w.dtype != down.dtype for w in given[2:]):
+    if not rows or not direct("linear", *given) or any(w.dtype != down.dtype for w in given[2:]):
         return low_rank_reference(x, down, up, bias, activation)
     if rows > ROWS:
-        if not _slow_in(x):
+        if not slow_in(x):
             return low_rank_reference(x, down, up, bias, activation)
         return low_rank_reference(x.float(), down, up, bias, activation).to(x.dtype)
     out = up.shape[1]
@@ -110,7 +114,7 @@ def low_rank(
         )
     x, down, up = x.contiguous(), down.contiguous(), up.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    build.function("rwkv_low_rank", "13q")(
+    build.function("linear", "rwkv_low_rank", "13q")(
         x.data_ptr(), down.data_ptr(), up.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr(),
         rows, size, rank, out, _CODES[activation],
         x.dtype is torch.bfloat16, down.dtype is torch.bfloat16, build.threads(),

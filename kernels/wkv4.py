@@ -4,7 +4,7 @@
     y_t = --------------------------------------------------        l = -exp(w)
          sum_{s<t} e^{(t-1-s) l + k_s}     + e^{u + k_t}
 
-Shapes: B batch, T time, C channels, L chunk length.
+Shapes: B batch, T time, C channels.
 Source: Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv:2305.13048.
 
 The two sums, alpha and beta, leave the range of floats. They are held as e^p a and e^p b, p the largest exponent in them,
@@ -12,16 +12,17 @@ and every exponential below is of what lies p or more under it. The state is a, 
 meaning; p is the choice of a unit, and gradients are taken at a fixed choice: that of p is zero.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels.choice import Op, choose
-
-CHUNK = 32
-"""Steps done one after another, in all chunks at once."""
+from kernels.choice import Form, Op, recurrence
 
 NOTHING = -1e38
 """The exponent of an empty sum."""
+
+FORMS: tuple[Form, ...] = ("cpu", "cuda", "triton", "torch")
 
 
 def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, op: Op = "auto") -> tuple[Tensor, Tensor]:
@@ -41,14 +42,12 @@ def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, op: Op = 
         differentiable in k, v, w, u and the state's a and b, with every p held constant.
 
     Raises:
-        ValueError: the shapes disagree, T is 0, or `state` is neither float32 nor float64.
+        ValueError: the shapes disagree, T is 0, `state` is neither float32 nor float64, or `op` can't work on these.
+        RuntimeError: `op` could not be compiled, or its library is missing.
     """
     _check(k, v, w, u, state)
-    with torch.autocast(state.device.type, enabled=False):  # as in the other recurrences: the state keeps its precision
-        if choose(op, k, k.shape[1]) == "reference":
-            return wkv4_reference(k, v, w, u, state)
-        y, final, _ = _forward(k, v, w, u, state)
-        return y, final
+    form = recurrence("wkv4", op, k if state.dtype == torch.float32 else state, k.shape[1], FORMS)
+    return apply(form, k, v, w, u, state)
 
 
 def wkv4_reference(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,141 +85,80 @@ def _check(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> None:
         raise ValueError(f"state is {state.dtype}; the recurrence loses too much below float32; pass state.float()")
 
 
-# The chunked form. Forwards the sums are x_{t+1} = e^l x_t + e^{k_t} (v_t, 1). Backwards, from the end, their gradients
-# are such a scan too, with other exponents and values. It is done in three short ones: over the steps of every chunk from
-# nothing, all chunks at once, which gives what a chunk adds; over the chunks, which gives the sums before each; and over
-# the steps again, from those. T is filled up by at least one step: the state before step T is the last.
+def apply(form: Form, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator by the form of that name, which must be able to work on these: `wkv4` has chosen and checked."""
+    with torch.autocast(state.device.type, enabled=False):  # it would turn the products of some forms to bfloat16
+        if form == "reference":
+            return wkv4_reference(k, v, w, u, state)
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, w, u, state))
+        y, final, _ = _forward(k, v, w, u, state, form, keep)
+        return y, final
 
 
-def _steps(log_decay: Tensor, exponents: Tensor, values: Tensor, p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The S + 1 sums before, between and after S steps, as e^p x.
+def _implementation(form: str) -> Any:
+    """The module of a form: `forward`, `backward`, and `kept`, which gives the memory that the one leaves to the other."""
+    if form == "cpu":
+        from kernels import wkv4_cpu
 
-    Args:
-        log_decay: (C,) of one step.
-        exponents: (S, ..., C) of what each step adds.
-        values: (S, ..., 2, C) what it adds, but for that factor.
-        p: (..., C) the first sums' exponent.
-        x: (..., 2, C) the first sums, but for that factor.
-    """
-    ps = [p]
-    for exponent in exponents:
-        ps.append(torch.maximum(log_decay + ps[-1], exponent))
-    p = torch.stack(ps)
-    keep = torch.exp(log_decay + (p[:-1] - p[1:])).unsqueeze(-2)  # in this order it undoes the rounding of p
-    add = torch.exp(exponents - p[1:]).unsqueeze(-2) * values
-    xs = x.new_empty(len(p), *x.shape)
-    xs[0] = x
-    for n in range(len(add)):
-        torch.addcmul(add[n], keep[n], xs[n], out=xs[n + 1])
-    return p, xs
+        return wkv4_cpu
+    if form == "cuda":
+        from kernels import wkv4_cuda
 
+        return wkv4_cuda
+    if form == "triton":
+        from kernels import wkv4_triton
 
-def _starts(log_decay: Tensor, exponents: Tensor, values: Tensor, p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums before each chunk: (chunks, B, C) and (chunks, B, 2, C). Inputs as of `_steps`, in chunks."""
-    nothing = torch.full_like(exponents[0], NOTHING), torch.zeros_like(values[0])
-    added_p, added = _steps(log_decay, exponents, values, *nothing)
-    return _steps(log_decay * len(exponents), added_p[-1, :-1], added[-1, :-1], p, x)
+        return wkv4_triton
+    if form == "torch":
+        from kernels import wkv4_torch
 
-
-def _length(steps: int) -> int:
-    return min(CHUNK, steps + 1)
-
-
-def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T, C) -> (L, chunks, B, C)."""
-    batch, steps, channels = x.shape
-    length = _length(steps)
-    x = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, length - steps % length))
-    return x.reshape(batch, -1, length, channels).permute(2, 1, 0, 3).contiguous()
-
-
-def _join(x: Tensor, like: Tensor) -> Tensor:
-    """(L, chunks, B, C) -> the shape and dtype of `like`, (B, T, C)."""
-    x = x.permute(2, 1, 0, 3).flatten(1, 2)[:, : like.shape[1]]
-    return x.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
-
-
-def _average(k: Tensor, v: Tensor, u: Tensor, p: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y; the largest exponent, the weight of the current value and that of all, without that exponent's factor."""
-    now = u + k
-    largest = torch.maximum(p, now)
-    here = torch.exp(now - largest)
-    a, b = (x * torch.exp(p - largest).unsqueeze(-2)).unbind(-2)
-    weight = b + here
-    return (a + here * v) / weight, largest, here, weight
+        return wkv4_torch
+    raise ValueError(f"form={form!r}; it must be one of {FORMS}; say op='auto'")
 
 
 @torch.library.custom_op("rwkv::wkv4", mutates_args=())
-def _forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the state before each chunk (chunks, B, 3, C), kept for the backward."""
-    k_, v_ = _split(k, state.dtype), _split(v, state.dtype)
-    values = torch.stack((v_, torch.ones_like(v_)), -2)
-    log_decay = -torch.exp(w.to(state.dtype))
-    p, x = _starts(log_decay, k_, values, state[:, 2], state[:, :2])
-    starts = torch.cat((x, p.unsqueeze(-2)), -2)
-    p, x = (sums[:-1] for sums in _steps(log_decay, k_, values, p, x))
-    y, *_ = _average(k_, v_, u.to(state.dtype), p, x)
-    last = k.shape[1] % len(k_)
-    return _join(y, k), torch.cat((x[last, -1], p[last, -1].unsqueeze(-2)), -2), starts
+def _forward(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and if `keep`, what the backward needs beside the inputs."""
+    y, final, kept = _implementation(form).forward(k, v, w, u, state, keep)
+    return y, final, kept
 
 
 @_forward.register_fake
-def _(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    starts = state.new_empty(k.shape[1] // _length(k.shape[1]) + 1, *state.shape)
-    return k.new_empty(k.shape), torch.empty_like(state, memory_format=torch.contiguous_format), starts
+def _(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = _implementation(form).kept(k.shape[1], state) if keep else state.new_empty(0)
+    return k.new_empty(k.shape), torch.empty_like(state, memory_format=torch.contiguous_format), kept
 
 
 @torch.library.custom_op("rwkv::wkv4_backward", mutates_args=())
 def _backward(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor, dy: Tensor, dfinal: Tensor
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, kept: Tensor, dy: Tensor, dfinal: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v, w, u and the first state. All sums are made again from the state before each chunk."""
-    dtype = starts.dtype
-    k_, v_, dy_ = _split(k, dtype), _split(v, dtype), _split(dy, dtype)
-    values = torch.stack((v_, torch.ones_like(v_)), -2)
-    log_decay = -torch.exp(w.to(dtype))
-    p, x = (sums[:-1] for sums in _steps(log_decay, k_, values, starts[:, :, 2], starts[:, :, :2]))
-    y, largest, here, weight = _average(k_, v_, u.to(dtype), p, x)
-
-    # The gradients of the sums, as e^q g. The last state's enter as what step T adds; the steps after it add 0.
-    g = dy_ / weight
-    exponents, entering = -largest, torch.stack((g, -g * y), -2)
-    last = k.shape[1] % len(k_)
-    exponents[last, -1], entering[last, -1] = -p[last, -1], dfinal[:, :2]
-    exponents, entering = exponents.flip(0, 1), entering.flip(0, 1)
-    nothing = torch.full_like(p[0, 0], NOTHING), torch.zeros_like(x[0, 0])
-    q, dx = _steps(log_decay, exponents, entering, *_starts(log_decay, exponents, entering, *nothing))
-    dstart = torch.exp(q[-1, -1] + starts[0, :, 2]).unsqueeze(-2) * dx[-1, -1]
-    q, dx = q[:-1].flip(0, 1), dx[:-1].flip(0, 1)
-
-    through_state = torch.exp(k_ + q)
-    through_y = g * here
-    du = through_y * (v_ - y)
-    dk = (dx * values).sum(-2) * through_state + du
-    dv = dx[..., 0, :] * through_state + through_y
-    dlog_decay = torch.exp(log_decay + p + q) * (dx * x).sum(-2)
-    dw = dlog_decay.sum((0, 1, 2)) * log_decay
-    dstate = torch.cat((dstart, torch.zeros_like(dstart[:, :1])), 1)
-    return _join(dk, k), _join(dv, v), dw.to(w.dtype), du.sum((0, 1, 2)).to(u.dtype), dstate
+    """Gradients of k, v, w, u and the first state, in their dtypes."""
+    dk, dv, dw, du, dstate = _implementation(form).backward(k, v, w, u, kept, dy, dfinal)
+    return dk, dv, dw, du, dstate
 
 
 @_backward.register_fake
 def _(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor, dy: Tensor, dfinal: Tensor
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, kept: Tensor, dy: Tensor, dfinal: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dk, dv, dw, du = (x.new_empty(x.shape) for x in (k, v, w, u))
-    return dk, dv, dw, du, starts.new_empty(dfinal.shape)
+    return dk, dv, dw, du, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[2])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _state, ctx.form, _keep = inputs
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _grad(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, dfinal: Tensor, _dstarts: Tensor) -> tuple[Tensor, ...]:
-    *inputs, starts = ctx.saved_tensors  # type: ignore[attr-defined]
+def _grad(ctx: Any, dy: Tensor, dfinal: Tensor, _dkept: Tensor) -> tuple[Tensor | None, ...]:
     with torch.autocast(dfinal.device.type, enabled=False):
-        grads: tuple[Tensor, ...] = _backward(*inputs, starts, dy, dfinal)
-    return grads
+        grads: tuple[Tensor, ...] = _backward(*ctx.saved_tensors, dy, dfinal, ctx.form)
+    return *grads, None, None
 
 
 _forward.register_autograd(_grad, setup_context=_save)

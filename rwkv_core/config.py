@@ -47,8 +47,8 @@ class ModelConfig(Config):
     head_size_divisor: Annotated[float, Field(gt=0)] | None
     """What the model was pretrained with, which its tensors do not tell. null: what its config.json says, else 8."""
 
-    op: Literal["auto", "cpu", "torch", "reference"]
-    """Implementation of the WKV operator. auto: the fastest that works here."""
+    op: Literal["auto", "cpu", "cuda", "triton", "fla", "torch", "reference"]
+    """Implementation of the operators, see `kernels.choice`. auto: of each the fastest that works here."""
 
     def how(self) -> dict[str, Any]:
         """What `models.load` is told beside the path and the precision."""

@@ -6,6 +6,7 @@ plain   otherwise: the function is called. Prefect is not even imported, let alo
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ def main(stage: Stage) -> NoReturn:
     """
     name = stage.__name__
     _stop_with_parent()
+    _tell_choices()
     try:
         if NESTED not in os.environ and answers(os.environ.get("PREFECT_API_URL", "")):
             _served(stage)
@@ -67,6 +69,15 @@ def main(stage: Stage) -> NoReturn:
     except Exception:
         _crash()
     sys.exit(0)
+
+
+def _tell_choices() -> None:
+    """Print which implementation of each operator runs, once each."""
+    log = logging.getLogger("kernels")
+    handler = logging.Handler()
+    handler.emit = lambda record: print(record.getMessage(), flush=True)  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 def _crash() -> NoReturn:

@@ -51,8 +51,7 @@ def train() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     print(
         f"training {sum(p.numel() for p in trained)} parameters beside {len(adapted)} matrices of "
-        f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}, "
-        f"WKV by {model.wkv_implementation(params.train.ctx_len)}; run {digest}",
+        f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}; run {digest}",
         flush=True,
     )
     _record(params, digest, folder, base_sha256, asdict(model.config), manifest)

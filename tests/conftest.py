@@ -4,11 +4,17 @@ torch is imported where it is used, so that the tests of flows and tasks start w
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "TRITON_INTERPRET" not in os.environ and not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when triton is imported: where there is no GPU, its kernels run on the CPU
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 OURS = ("kernels", "rwkv_core", "tasks", "flows", "demo")
 
 MAY_IMPORT = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
         "tqdm", "matplotlib", "jinja2",
@@ -118,6 +118,7 @@ def test_stages_stand_in_the_order_they_run():
         ("tasks.evaluate", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
         ("tasks.train", {"prefect", "mlflow", "dvc"}),
         ("rwkv_core.models", {"pytorch_lightning", "safetensors", "pydantic", "ninja", "prefect", "mlflow", "dvc"}),
+        ("rwkv_core.adapters", {"pytorch_lightning", "pydantic"}),
         ("rwkv_core.training.fit", {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "triton"}),
         ("flows.cli", {"torch", "prefect", "mlflow", "dvc"}),
     ],

@@ -106,19 +106,6 @@ extern "C" void rwkv_low_rank(const LowRank* f) {
         run(static_cast<const float*>(f->down));
 }
 
-// Whether the processor multiplies bfloat16 by itself.
-struct HasBf16 {
-    int64_t* found;
-};
-
-extern "C" void rwkv_has_bf16(const HasBf16* f) {
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    *f->found = 1;
-#else
-    *f->found = 0;
-#endif
-}
-
 // The sum of a buffer: what memory can deliver, to measure the others by.
 struct Sum {
     const float* x;

@@ -1,57 +1,218 @@
 // Token shift with the layer norm before it: each token and the one before, mixed once for each of the matrices that follow.
+// The equations, and those of the backward, are in kernels/token_shift.py.
 
-#include "rows7.h"
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+constexpr int64_t MOST = 6;  // mixes
+
+struct Statistics {
+    float mean, scale;
+};
+
+// x (B, T, C); last, final (B, C): the token before the first, and the last one, normed; z: up to 6 of (B, T, C): all of one
+// type. statistics (B, T) or null. mu: as many as z, of C values, weight and bias C values or null for no norm: all of one type.
+struct Mix {
+    const void *x, *last;
+    void *z[MOST], *final;
+    Statistics* statistics;
+    const void *mu[MOST], *weight, *bias;
+    double epsilon;
+    int64_t mixes, batch, steps, size, x_is_bf16, p_is_bf16, threads;
+};
+
+// All as above; the gradients of parameters in float32, dmus (mixes, C), or null where they are not wanted.
+struct MixBackward {
+    const void *dz[MOST], *dfinal, *x, *last;
+    const Statistics* statistics;
+    const void *mu[MOST], *weight, *bias;
+    void *dx, *dlast;
+    float *dmus, *dweight, *dbias;
+    int64_t mixes, batch, steps, size, x_is_bf16, p_is_bf16, threads;
+};
 
 namespace {
 
-constexpr int64_t TOKENS = 16;  // done by one thread in a row; the token before the first is normed once more
+constexpr int64_t TOKENS = 16;  // done by one thread in a row; the token at the border is done once more
 
-template <typename X, typename P, typename F>
-void mix_all(const F& f, const X* x, const P* const* mu) {
+// Gradients of parameters are summed over so many parts of the tokens first, however many threads there are.
+constexpr int64_t PARTS = 64;
+
+// Of a row whose values are read into `y`; the padding of y becomes 0.
+template <typename X>
+APART Statistics read(const X* x, int64_t size, float epsilon, float* y) {
+    floats total{};
+    for (int64_t i = 0; i < size; i += WIDTH) {
+        const floats value = load(x + i, size - i);
+        store(y + i, value);
+        total += value;
+    }
+    const float mean = sum(total) / size;
+    total = floats{};
+    for (int64_t i = 0; i < size; i += WIDTH) {
+        const floats value = first(load(y + i) - mean, size - i);
+        total += value * value;
+    }
+    return {mean, 1 / std::sqrt(sum(total) / size + epsilon)};
+}
+
+template <typename X, typename P>
+void mix_all(const Mix& f, const X* x, const P* const* mu) {
     const int64_t size = f.size, padded = round_up(size), blocks = (f.steps + TOKENS - 1) / TOKENS;
+    const P *const weight = static_cast<const P*>(f.weight), *const bias = static_cast<const P*>(f.bias);
     const X* const last = static_cast<const X*>(f.last);
-    X *const z = static_cast<X*>(f.z), *const final = static_cast<X*>(f.final);
-    const auto read = [&](const X* row, float* to) {
-        if (f.weight) return norm(row, static_cast<const P*>(f.weight), static_cast<const P*>(f.bias), size, f.epsilon, to);
+    X* const final = static_cast<X*>(f.final);
+    const auto copy = [&](const X* row, float* to) {
         for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(row + i, size - i));
     };
-#pragma omp parallel for num_threads(std::min(f.threads, f.batch * blocks)) schedule(static)
+    const auto normed = [&](int64_t row, float* to) {
+        if (!weight) return copy(x + row * size, to), Statistics{};
+        const Statistics s = read(x + row * size, size, float(f.epsilon), to);
+        for (int64_t i = 0; i < size; i += WIDTH)
+            store(to + i, (load(to + i) - s.mean) * s.scale * load(weight + i, size - i) + load(bias + i, size - i));
+        return s;
+    };
+#pragma omp parallel for num_threads(std::max<int64_t>(1, std::min(f.threads, f.batch * blocks))) schedule(static)
     for (int64_t item = 0; item < f.batch * blocks; item++) {
         const int64_t b = item / blocks, start = item % blocks * TOKENS, end = std::min(start + TOKENS, f.steps);
         const Buffer scratch = buffer(2 * padded);
         float *now = scratch.get(), *before = now + padded;
-        const X* const rows = x + b * f.steps * size;
         if (start)
-            read(rows + (start - 1) * size, before);
+            normed(b * f.steps + start - 1, before);
         else
-            for (int64_t i = 0; i < size; i += WIDTH) store(before + i, load(last + b * size + i, size - i));
+            copy(last + b * size, before);
         for (int64_t t = start; t < end; t++, std::swap(now, before)) {
-            read(rows + t * size, now);
-            mix(now, before, size, f.mixes, mu, z + (b * f.steps + t) * size, f.batch * f.steps * size);
+            const int64_t row = b * f.steps + t;
+            const Statistics s = normed(row, now);
+            if (f.statistics) f.statistics[row] = s;
+            for (int64_t i = 0; i < size; i += WIDTH) {
+                const floats value = load(now + i), change = load(before + i) - value;
+                for (int64_t m = 0; m < f.mixes; m++)
+                    store(static_cast<X*>(f.z[m]) + row * size + i, value + change * load(mu[m] + i, size - i), size - i);
+            }
         }
         if (end == f.steps)
             for (int64_t i = 0; i < size; i += WIDTH) store(final + b * size + i, load(before + i), size - i);
     }
 }
 
-}  // namespace
+INLINE void add(float* to, floats x) { store(to, load(to) + x); }
 
-// x (B, T, C); last, final (B, C): the token before the first, and the last one, normed; z (mixes, B, T, C): all of one type.
-// mu: up to 6 of C values, weight and bias C values or null for no norm: all of one type.
-struct Mix {
-    const void *x, *last;
-    void *z, *final;
-    const void *mu[6], *weight, *bias;
-    double epsilon;
-    int64_t mixes, batch, steps, size, x_is_bf16, p_is_bf16, threads;
-};
+template <typename X, typename P>
+void mix_backward_all(const MixBackward& f, const X* x, const P* const* mu) {
+    const int64_t size = f.size, padded = round_up(size), blocks = (f.steps + TOKENS - 1) / TOKENS;
+    const P *const weight = static_cast<const P*>(f.weight), *const bias = static_cast<const P*>(f.bias);
+    const X *const last = static_cast<const X*>(f.last), *const dfinal = static_cast<const X*>(f.dfinal);
+    X *const dx = static_cast<X*>(f.dx), *const dlast = static_cast<X*>(f.dlast);
+    const X* dz[MOST];
+    for (int64_t m = 0; m < MOST; m++) dz[m] = static_cast<const X*>(f.dz[m]);
+    // rows of sums: the mixes', then the weight's and the bias's
+    const int64_t of_mus = f.dmus ? f.mixes : 0, sums = of_mus + (f.dweight ? 2 : 0);
+    const int64_t items = f.batch * blocks, parts = sums ? std::min(PARTS, items) : items;
+    const Buffer totals = buffer(parts * sums * padded);
 
-extern "C" void rwkv_mix(const Mix* f) {
-    with_type(f->x_is_bf16, f->x, [&](auto* x) {
-        with_type(f->p_is_bf16, f->mu[0], [&](auto* first) {
-            decltype(first) mu[6];
-            for (int m = 0; m < 6; m++) mu[m] = static_cast<decltype(first)>(f->mu[m]);
-            mix_all(*f, x, mu);
+    const auto normed = [&](int64_t row, int64_t i) {
+        const floats value = load(x + row * size + i, size - i);
+        if (!weight) return value;
+        const Statistics s = f.statistics[row];
+        return (value - s.mean) * s.scale * load(weight + i, size - i) + load(bias + i, size - i);
+    };
+    // One token. `after` holds what the token behind it asks of this one, and is left with what this one asks of the one before.
+    const auto token = [&](int64_t b, int64_t t, float* after, float* dn, float* sum_of) {
+        const int64_t row = b * f.steps + t, at = row * size;
+        const Statistics s = weight ? f.statistics[row] : Statistics{};
+        floats total{}, along{};
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            const int64_t n = size - i;
+            floats all{}, passed{};
+            for (int64_t m = 0; m < f.mixes; m++) {
+                const floats g = load(dz[m] + at + i, n);
+                all += g;
+                passed += g * load(mu[m] + i, n);
+            }
+            const floats own = all - passed + load(after + i);
+            store(after + i, passed);
+            if (of_mus) {
+                const floats change = (t ? normed(row - 1, i) : load(last + b * size + i, n)) - normed(row, i);
+                for (int64_t m = 0; m < f.mixes; m++) add(sum_of + m * padded + i, load(dz[m] + at + i, n) * change);
+            }
+            if (!weight) {
+                store(dx + at + i, own, n);
+                continue;
+            }
+            const floats value = (load(x + at + i, n) - s.mean) * s.scale, scaled = own * load(weight + i, n);
+            store(dn + i, scaled);
+            total += scaled;
+            along += scaled * value;
+            if (sums > of_mus) {
+                add(sum_of + of_mus * padded + i, own * value);
+                add(sum_of + (of_mus + 1) * padded + i, own);
+            }
+        }
+        if (!weight) return;
+        const float mean = sum(total) / size, slope = sum(along) / size;
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            const floats value = (load(x + at + i, size - i) - s.mean) * s.scale;
+            store(dx + at + i, (load(dn + i) - mean - value * slope) * s.scale, size - i);
+        }
+    };
+
+#pragma omp parallel num_threads(std::max<int64_t>(1, std::min(f.threads, parts)))
+    {
+        const Buffer scratch = buffer((2 + sums) * padded);
+        float *const after = scratch.get(), *const dn = after + padded, *const block = dn + padded;
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++) {
+            float* const total = totals.get() + part * sums * padded;
+            std::fill_n(total, sums * padded, 0.0f);
+            for (int64_t item = part * items / parts; item < (part + 1) * items / parts; item++) {
+                const int64_t b = item / blocks, start = item % blocks * TOKENS, end = std::min(start + TOKENS, f.steps);
+                for (int64_t i = 0; i < size; i += WIDTH) {
+                    floats asked{};
+                    if (end == f.steps)
+                        asked = load(dfinal + b * size + i, size - i);
+                    else
+                        for (int64_t m = 0; m < f.mixes; m++)
+                            asked += load(dz[m] + (b * f.steps + end) * size + i, size - i) * load(mu[m] + i, size - i);
+                    store(after + i, asked);
+                }
+                std::fill_n(block, sums * padded, 0.0f);
+                for (int64_t t = end; t-- > start;) token(b, t, after, dn, block);
+                for (int64_t i = 0; i < sums * padded; i += WIDTH) add(total + i, load(block + i));
+                if (start == 0)
+                    for (int64_t i = 0; i < size; i += WIDTH) store(dlast + b * size + i, load(after + i), size - i);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < sums * padded; i += WIDTH) {
+            floats total{};
+            for (int64_t part = 0; part < parts; part++) total += load(totals.get() + part * sums * padded + i);
+            const int64_t row = i / padded, column = i % padded;
+            float* const to = row < of_mus ? f.dmus + row * size : row == of_mus ? f.dweight : f.dbias;
+            store(to + column, total, size - column);
+        }
+    }
+}
+
+template <typename F, typename G>
+void by_type(const F& f, G run) {
+    with_type(f.x_is_bf16, f.x, [&](auto* x) {
+        with_type(f.p_is_bf16, f.mu[0], [&](auto* first) {
+            decltype(first) mu[MOST];
+            for (int64_t m = 0; m < MOST; m++) mu[m] = static_cast<decltype(first)>(f.mu[m]);
+            run(x, mu);
         });
     });
+}
+
+}  // namespace
+
+extern "C" void rwkv_mix(const Mix* f) {
+    by_type(*f, [&](auto* x, auto* mu) { mix_all(*f, x, mu); });
+}
+
+extern "C" void rwkv_mix_backward(const MixBackward* f) {
+    by_type(*f, [&](auto* x, auto* mu) { mix_backward_all(*f, x, mu); });
 }

@@ -1,16 +1,19 @@
 """Adapters: what is trained beside a frozen model. One file per method; a method is a config, a module and its delta."""
 
 import fnmatch
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_core.adapters.lora import LoraLinear
-from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 
+if TYPE_CHECKING:  # pydantic is not needed to attach
+    from rwkv_core.config import AdapterConfig
 
-def attach(model: nn.Module, config: AdapterConfig, seed: int) -> list[str]:
+
+def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
     """Freeze `model` and put an adapter beside each of its target matrices, in place. It changes nothing yet.
 
     Args:

@@ -6,12 +6,15 @@ Source: Hu et al. 2021, arXiv:2106.09685; initial values follow microsoft/LoRA, 
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_core.config import LoraConfig
+if TYPE_CHECKING:  # pydantic is not needed to attach
+    from rwkv_core.config import LoraConfig
+
 
 PARTS = ("lora_A", "lora_B")
 """Names of the trained tensors, after the adapted module's."""
@@ -20,7 +23,7 @@ PARTS = ("lora_A", "lora_B")
 class LoraLinear(nn.Linear):
     """A linear layer with the update beside it. `weight` keeps its name, so the checkpoint's names still hold."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, config: "LoraConfig", generator: torch.Generator) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight.requires_grad_(False)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
@@ -36,7 +39,7 @@ class LoraLinear(nn.Linear):
         return F.linear(x, self.weight) + self.scale * F.linear(low, self.lora_B).to(x.dtype)
 
 
-def delta(tensors: dict[str, Tensor], module: str, config: LoraConfig) -> Tensor | None:
+def delta(tensors: dict[str, Tensor], module: str, config: "LoraConfig") -> Tensor | None:
     """What training added to `module`'s matrix, (out, in) float32; None where the parts are not all there, or do not fit."""
     a, b = (tensors.get(f"{module}.{part}") for part in PARTS)
     if a is None or b is None or not a.ndim == b.ndim == 2 or not len(a) == b.shape[1] == config.rank:

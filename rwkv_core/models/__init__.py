@@ -87,7 +87,7 @@ def load(
         path: what `checkpoint.read` takes.
         dtype: of the parameters; None keeps the file's.
         device: where to put them.
-        op: implementation of the WKV operator.
+        op: implementation of the operators, see `kernels.choice`.
         head_size_divisor: of RWKV-5, 6 and 7, see `divisor`.
 
     Raises:
@@ -96,8 +96,8 @@ def load(
     """
     tensors = checkpoint.read(path)
     version = version_of(tensors, path)
-    if op == "cpu" and not version.compiled:
-        raise InputError("op = cpu", f"{version.__name__} has no compiled recurrence yet", "say auto")
+    if op in ("cuda", "triton", "fla") and not torch.cuda.is_available():
+        raise InputError(f"op = {op}", "it works on a GPU, and torch sees none", "say auto")
     try:
         shape = version.shape_of(tensors, divisor(path, head_size_divisor))
         with torch.device("meta"):

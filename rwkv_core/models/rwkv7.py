@@ -148,7 +148,6 @@ class RWKV7(RWKV):
     """The whole model."""
 
     config: Shape7
-    compiled = True
     time_mix, channel_mix = TimeMix, ChannelMix
     rates = {"att.w0": 2.0}  # noqa: RUF012 (declared a ClassVar above)
 
@@ -160,7 +159,7 @@ class RWKV7(RWKV):
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `RWKV.features`. One token of a few sequences is one call of compiled code."""
         few = tokens.shape[1] == 1 and len(tokens) <= ROWS
-        if not few or torch.is_grad_enabled() or self._op not in ("auto", "cpu") or not direct(self.emb.weight):
+        if not few or torch.is_grad_enabled() or self._op not in ("auto", "cpu") or not direct("block7", self.emb.weight):
             return super().features(tokens, state)
         if self._whole is None or not self._whole.holds():
             self._whole = WholeModel(self, list(self.blocks))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from kernels.choice import Op, choose
+from kernels.choice import Op
 from kernels.linear import linear
 from rwkv_core.models.state import BlockState, State
 
@@ -92,8 +92,6 @@ class Block(nn.Module):
 class RWKV(nn.Module, ABC):
     """The whole model. Each version is a subclass."""
 
-    compiled: ClassVar[bool] = False
-    """Whether the WKV operator has a compiled form."""
     time_mix: ClassVar[Any]
     """Of a block: made from (shape, layer, op); (z, v_first, shift, wkv) -> (output, v_first, wkv)."""
     channel_mix: ClassVar[Any]
@@ -140,10 +138,6 @@ class RWKV(nn.Module, ABC):
     @abstractmethod
     def initialize_block(self, block: Any, layer: int, generator: torch.Generator) -> None:
         """Set every value of a block but its layer norms."""
-
-    def wkv_implementation(self, steps: int) -> str:
-        """Which form of the WKV operator runs on sequences of `steps` tokens."""
-        return choose(self._op, self.emb.weight, steps, compiled=self.compiled)
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token; `rwkv_core.models.state.mount` puts a tuned one in."""

@@ -1,4 +1,6 @@
+import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -6,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels import build
 
@@ -18,8 +21,8 @@ import sys
 from pathlib import Path
 from kernels import build
 build.SOURCES = Path(sys.argv[1])
-build.function("number", "q")  # builds and loads
-print(build.library()._name)
+build.function("number", "number", "q")  # builds and loads
+print(build.library("number")._name)
 """
 
 
@@ -40,7 +43,11 @@ def cache(tmp_path):
 
 
 def fresh():
-    return build.library.__wrapped__()
+    return build.library.__wrapped__("number")
+
+
+def key():
+    return build._key("number", "cpu", build._command("cpu"))
 
 
 def warning_of():
@@ -49,16 +56,35 @@ def warning_of():
         warnings.simplefilter("always")
         assert fresh() is None
     (warning,) = caught
-    assert "until then RWKV runs on this CPU in torch" in str(warning.message)
+    assert "until then number runs on this CPU in torch" in str(warning.message)
     return str(warning.message)
 
 
-def test_our_sources_compile_without_a_warning():
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize("level", [*build.LEVELS, "DEFAULT"] if X86 else ["DEFAULT"])
+@pytest.mark.parametrize("file", sorted(build.SOURCES.glob("*.cpp")), ids=lambda f: f.name)
+def test_our_sources_compile_without_a_warning(file, level, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    compiling, _ = build._command("cpu")
+    assert ("-mfma" in compiling) == (level != "DEFAULT")
+    done = subprocess.run([*compiling, "-Werror", "-fsyntax-only", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((build.SOURCES / "cuda").glob("*.cu")), ids=lambda f: f.name)
+def test_our_cuda_sources_compile_without_a_warning_for_the_host(file):
+    compiling, _ = build._command("host")
+    done = subprocess.run([*compiling, "-Werror", "-fsyntax-only", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_our_libraries_load():
     for file in sorted(build.SOURCES.glob("*.cpp")):
-        command = [*build._compiler(), *build.FLAGS.split(), "-Werror", "-fsyntax-only", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert build.library() is build.library() is not None
+        assert build.library(file.stem) is build.library(file.stem) is not None
+    for file in sorted((build.SOURCES / "cuda").glob("*.cu")):
+        assert build.available(file.stem, "host")
 
 
 def test_is_built_once(sources, cache, monkeypatch):
@@ -69,17 +95,20 @@ def test_is_built_once(sources, cache, monkeypatch):
 
 
 def test_key_is_of_all_that_shapes_the_code(sources, monkeypatch):
-    keys = {build._key(["c++"])}
+    keys = {key()}
     (sources / "number.cpp").write_text(NUMBER + "//")
-    keys.add(build._key(["c++"]))
+    keys.add(key())
     (sources / "number.h").write_text("")
-    keys.add(build._key(["c++"]))
-    keys.add(build._key(["c++", "-g"]))
+    keys.add(key())
     monkeypatch.setattr(build, "FLAGS", build.FLAGS + " -g")
-    keys.add(build._key(["c++"]))
-    monkeypatch.setattr(build, "_processor", lambda: "another processor")
-    keys.add(build._key(["c++"]))
-    assert len(keys) == 6
+    keys.add(key())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another level")
+    keys.add(key())
+    monkeypatch.setenv("CXX", "g++ -g3")
+    keys.add(key())
+    assert len(keys) == 6 if X86 else 5
+    (sources / "other.cpp").write_text(NUMBER)
+    assert key() in keys, "another source is another library"
 
 
 def test_processes_that_build_at_once_share_one_library(sources, cache):
@@ -93,7 +122,7 @@ def test_processes_that_build_at_once_share_one_library(sources, cache):
 
 def test_the_one_that_is_late_takes_what_is_there(sources, cache, monkeypatch):
     """Its rename finds the folder taken."""
-    other = cache / build._key(build._compiler())
+    other = cache / key()
     run = subprocess.run
 
     def slow(command, **kwargs):
@@ -104,7 +133,7 @@ def test_the_one_that_is_late_takes_what_is_there(sources, cache, monkeypatch):
         return done
 
     monkeypatch.setattr(subprocess, "run", slow)
-    assert fresh()._name == str(other / "rwkv.so")
+    assert fresh()._name == str(other / "number.so")
     assert list(cache.iterdir()) == [other]
     assert (other / "the other's").exists()
 
@@ -133,7 +162,7 @@ def test_a_cache_that_can_not_be_written(sources, tmp_path):
 
 
 def test_a_damaged_library(sources, cache):
-    path = cache / build._key(build._compiler()) / "rwkv.so"
+    path = cache / key() / "number.so"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"cut short")
     assert f"delete {path.parent}, to build it anew" in warning_of()
@@ -148,12 +177,51 @@ def test_folders_with_odd_names(sources, tmp_path, monkeypatch):
 
 def test_one_openmp_runtime_serves_torch_and_us():
     code = (
-        "import torch; from kernels import build; assert build.available(); torch.ones(9).sum();"
+        "import torch; from kernels import build; assert build.available('linear'); torch.ones(9).sum();"
         "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.split()) == 1, done.stdout
     assert "torch" in done.stdout
+
+
+@pytest.fixture
+def cuda_sources(sources):
+    (sources / "cuda").mkdir()
+    (sources / "cuda" / "number.cu").write_text(
+        'extern "C" int number(long* x) { *x = 7; return 9; }\n'
+        'extern "C" const char* rwkv_error_string(int code) { return code == 9 ? "nine" : "?"; }\n'
+    )
+    return sources
+
+
+def test_an_error_of_cuda_is_raised_in_its_words(cuda_sources, monkeypatch):
+    monkeypatch.setattr(build, "library", functools.cache(build.library.__wrapped__))
+    with pytest.raises(RuntimeError, match=r"number: nine \(CUDA error 9\)"):
+        build.function.__wrapped__("number", "number", "q", "host")(0)
+
+
+def test_a_failed_build_names_its_command_and_the_next_form_runs(cuda_sources, tmp_path, monkeypatch):
+    """On a GPU whose compiler is broken, Triton follows."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho unsupported toolchain >&2\nexit 3\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:{os.environ['PATH']}")
+    with pytest.warns(UserWarning, match="unsupported toolchain") as caught:
+        assert build.library.__wrapped__("number", "cuda") is None
+    said = str(caught[0].message)
+    assert "ninja -C" in said
+    assert "a CUDA toolkit that fits" in said
+    assert "until then number runs on this GPU in Triton or torch" in said
+
+
+def test_without_nvcc(cuda_sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "CUDA_HOMES", ())
+    with pytest.raises(RuntimeError, match="no nvcc is here; install the CUDA toolkit, or set"):
+        build._nvcc()
 
 
 def test_import_does_no_work(tmp_path):

@@ -60,7 +60,7 @@ def test_train_writes_an_adapter_and_its_history(done):
     assert len(rows) == 1 + metrics["steps"]
     assert "tok/s" in done.said["train"]
     assert "left" in done.said["train"]
-    assert "WKV by cpu" in done.said["train"]
+    assert "wkv7 on cpu, float32: cpu" in done.said["train"]
     assert not list((done.root / ".rwkvflow").rglob("last.ckpt"))  # a finished run has nothing to continue
 
 

@@ -1,0 +1,944 @@
+// WKV-6 and its gradients.   y_t = S_{t-1} r_t + (r_t . (u k_t)) v_t    S_t = S_{t-1} diag(d_t) + v_t k_t'    d = exp(-exp(w))
+//
+// Three kernels do it, each of matrix products between tiles of 16 x 16 on tensor cores:
+//   walk       goes through the steps in tiles of 16, the state in registers, and puts out y, the last state and that before each
+//              chunk of 64. The gradient of v and of the first state is the same recurrence backwards in time, with k as
+//              receptance, r as key and dy as value: S becomes the gradient D of the state. So the backward is a walk as well,
+//              which leaves D after each chunk.
+//   scan       where there are fewer heads than the GPU has room for, time is cut into segments: a walk from nothing gives what
+//              each adds, a scan over them S' = S diag(product of its decays) + that the state before each, and then all
+//              segments walk at once. One segment is the fused schedule.
+//   gradients  dr, dk, dw and du of a chunk need only S before it and D after it: all chunks at once, a block for 64 keys
+//              of one, which meet all values there, so that no sum goes over blocks (but du's over chunks, in a fixed order).
+//
+// A decay may be 0: no quotient of products of decays stands for the product in between, nor a difference of sums of their logs.
+// A tile, and in `gradients` the chunk, is halved again and again. A pair s < t is parted once: s is then in a block and t
+// in the next, and the decays between are those after s to its block's end times those from the start of t's block until t.
+// Both are plain products, and all pairs parted at once are one matrix product of r * start and k * end. In the gradient of
+// a log decay every term (a pair, or the state at either side, that passes it) has that decay as a factor: no digits cancel.
+//
+// Products are tf32. Of float32 inputs each operand is two tf32 numbers, the second what the first leaves (three products,
+// 2^-22); bfloat16 is a tf32 number as it is, and what is computed from it is rounded to one (2^-11, a quarter of what bfloat16
+// outputs lose), but not on the way of the state and its gradient, which are float32 in any case. Tensor cores cut off the ends
+// of their sums, so what is to be exact is summed from nothing and added as usual.
+//
+// On paper, B 8, T 4096, H 64, N 64, bfloat16, on an H200 (4.3 TB/s, 300 TFLOP/s of tf32 by mma.sync), a unit the 268 MB of a
+// (B, T, H, N) tensor:
+//   forward    reads 4, writes 1 + 2 of states: 1.9 GB, 0.44 ms; 70 GFLOP in products, 0.23 ms; 256 tiles at about 2 us with four
+//              blocks on each multiprocessor, 0.5 ms. Expected 0.6 ms.
+//   backward   a walk, 0.6 ms; gradients read 5 + 4, write 3: 3.2 GB, 0.75 ms; 93 GFLOP, 0.3 ms; Expected 1.6 ms.
+// B 1, T 1024, H 32 (a short batch): segments of one chunk: 12 tiles, not 64, one after another: 0.03 ms and 0.08 ms.
+// Float32 moves twice as much and takes three times the products: 1.4 and 3.5 ms.
+#include "device.h"
+
+namespace {
+
+constexpr int WARP = 32, TILE = 16, CHUNK = 64, TILES = CHUNK / TILE;
+
+struct Shape {
+    int64_t batch, steps, heads, size;
+    __host__ __device__ int64_t chunks() const { return (steps + CHUNK - 1) / CHUNK; }
+};
+
+template <class T>
+constexpr int PARTS = sizeof(T) == 2 ? 1 : 2;
+
+// ------------------------------------------------------------------------------------------------------------------- memory
+
+// Two or four neighbours, as they lie in memory.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) __attribute__((may_alias)) Few {
+    uint32_t words[COUNT * sizeof(T) / 4];
+};
+
+template <int COUNT>
+DEVICE float number(const Few<float, COUNT>& few, int i) {
+    return __uint_as_float(few.words[i]);
+}
+
+template <int COUNT>
+DEVICE float number(const Few<bf16, COUNT>& few, int i) {
+    return __uint_as_float(i % 2 ? few.words[i / 2] & 0xffff0000u : few.words[i / 2] << 16);
+}
+
+DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
+DEVICE uint32_t bits(bf16 x) { return x.bits; }
+
+// `vector`: COUNT divides the head size, so that they are aligned, and all or none are within it. Others are 0.
+template <int COUNT, class T>
+DEVICE Few<T, COUNT> load(const T* from, int within, bool vector) {
+    Few<T, COUNT> few = {};
+    if (vector) {
+        if (within > 0) few = *reinterpret_cast<const Few<T, COUNT>*>(from);
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (i < within) few.words[i * sizeof(T) / 4] |= bits(from[i]) << (8 * (i * sizeof(T) % 4));
+    }
+    return few;
+}
+
+template <int COUNT, class T>
+DEVICE void read(float (&x)[COUNT], const T* from, int within, bool vector) {
+    const Few<T, COUNT> few = load<COUNT>(from, within, vector);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x[i] = number(few, i);
+}
+
+template <int COUNT>
+DEVICE void store(float* to, const float (&x)[COUNT], int within, bool vector) {
+    Few<float, COUNT> few;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        few.words[i] = bits(x[i]);
+        if (!vector && i < within) to[i] = x[i];
+    }
+    if (vector && within > 0) *reinterpret_cast<Few<float, COUNT>*>(to) = few;
+}
+
+template <int COUNT>
+DEVICE void store(bf16* to, const float (&x)[COUNT], int within, bool vector) {
+    Few<bf16, COUNT> few = {};
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const bf16 y = to_bf16(x[i]);
+        few.words[i / 2] |= bits(y) << (16 * (i % 2));
+        if (!vector && i < within) to[i] = y;
+    }
+    if (vector && within > 0) *reinterpret_cast<Few<bf16, COUNT>*>(to) = few;
+}
+
+// Four numbers to shared memory, there after cp_async_wait.
+template <class T>
+DEVICE void copy(T* to, const T* from, int within, bool vector) {
+    if (vector)
+        cp_async<4 * sizeof(T)>(to, from, within > 0);
+    else
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] = i < within ? from[i] : T{};
+}
+
+// -------------------------------------------------------------------------------------------------------------------- tiles
+
+// A 16 x 16 matrix in a warp's registers. With g = lane / 4, q = lane % 4, a lane has rows 2g and 2g+1, columns 4q to 4q+3.
+struct Tile {
+    float x[2][4];
+};
+
+// A tile as tensor cores take it.
+template <int PARTS>
+struct Operand {
+    uint32_t bits[PARTS][2][4];
+};
+
+template <int PARTS>
+DEVICE Operand<PARTS> operand(const Tile& tile) {
+    Operand<PARTS> o;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            o.bits[0][i][j] = to_tf32(tile.x[i][j]);
+            if constexpr (PARTS == 2) o.bits[1][i][j] = to_tf32(tile.x[i][j] - __uint_as_float(o.bits[0][i][j]));
+        }
+    return o;
+}
+
+// The same of numbers that are of the inputs' type: bfloat16 is tf32 already.
+template <class T>
+DEVICE Operand<PARTS<T>> given(const Tile& tile) {
+    if constexpr (PARTS<T> == 2) {
+        return operand<2>(tile);
+    } else {
+        Operand<1> o;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) o.bits[0][i][j] = __float_as_uint(tile.x[i][j]);
+        return o;
+    }
+}
+
+// c += a b'. The instruction's rows, columns and sum run over even indices first, then odd ones: this is what makes each
+// operand and the result the same tile, wherever it stands.
+template <int A, int B>
+DEVICE void multiply(Tile& c, const Operand<A>& a, const Operand<B>& b) {
+    constexpr bool EXACT = A + B > 2;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        float d[4] = {};
+        if constexpr (!EXACT) d[0] = c.x[0][n], d[1] = c.x[0][n + 2], d[2] = c.x[1][n], d[3] = c.x[1][n + 2];
+#pragma unroll
+        for (int parts = A + B - 2; parts >= 0; parts--)  // small terms first
+#pragma unroll
+            for (int part = 0; part < A; part++) {
+                const int other = parts - part;
+                if (other < 0 || other >= B || parts == 2) continue;  // the product of the two rests is nothing
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    const auto& x = a.bits[part];
+                    const auto& y = b.bits[other];
+                    mma_tf32(d, {x[0][m], x[1][m], x[0][m + 2], x[1][m + 2]}, {y[n][m], y[n][m + 2]});
+                }
+            }
+        if constexpr (EXACT) d[0] += c.x[0][n], d[1] += c.x[0][n + 2], d[2] += c.x[1][n], d[3] += c.x[1][n + 2];
+        c.x[0][n] = d[0], c.x[0][n + 2] = d[1], c.x[1][n] = d[2], c.x[1][n + 2] = d[3];
+    }
+}
+
+// A tile of a matrix in memory whose rows are `line` apart.
+template <class T>
+DEVICE Tile rows(const T* from, int line, int g, int q) {
+    Tile tile;
+#pragma unroll
+    for (int i = 0; i < 2; i++) read<4>(tile.x[i], from + (2 * g + i) * line + 4 * q, 4, true);
+    return tile;
+}
+
+// The same, transposed.
+template <class T>
+DEVICE Tile columns(const T* from, int line, int g, int q) {
+    Tile tile;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const Few<T, 2> few = load<2>(from + (4 * q + j) * line + 2 * g, 2, true);
+#pragma unroll
+        for (int i = 0; i < 2; i++) tile.x[i][j] = number(few, i);
+    }
+    return tile;
+}
+
+DEVICE void put(float* to, int line, const Tile& tile, int g, int q) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) store<4>(to + (2 * g + i) * line + 4 * q, tile.x[i], 4, true);
+}
+
+constexpr int LINE = TILE + 4;  // of a tile in shared memory
+
+DEVICE float sum_columns(float x) {  // over the lanes that have a row's columns
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+DEVICE int clamp(int within, int most) { return max(0, min(within, most)); }
+
+// --------------------------------------------------------------------------------------------------------------------- walk
+
+template <class T>
+struct Walk {
+    const T *r, *k, *v, *w;
+    const float *u, *state;
+    T* y;
+    float* final;
+    float* before;  // (B H, chunks, N, N), in the walk's order; null if nobody will ask and there is one segment
+    float* decays;  // (B H, segments - 1, N) products over each segment but the last
+    Shape shape;
+    int64_t per;  // chunks in a segment
+    bool reverse;
+};
+
+template <int VALUES>
+constexpr int SUMS = VALUES + (VALUES == 64 ? 8 : 4);
+
+template <class T, int VALUES, bool OUTPUT>
+size_t walk_shared(int64_t warps) {
+    return 4 * warps * TILE * LINE + (OUTPUT ? 4 * 2 * warps * TILE * SUMS<VALUES> : 0) + 2 * TILE * (VALUES * sizeof(T) + 16);
+}
+
+// A block walks one segment of a head, with VALUES of the values, and a warp for each 16 keys, of which it alone has the state.
+// The warps' parts of y meet in shared memory. Without OUTPUT: from nothing, and only what the segment adds to the state.
+template <class T, int VALUES, bool OUTPUT>
+__global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p) {
+    constexpr int M = VALUES / TILE, V_LINE = VALUES + 16 / sizeof(T), Y_LINE = SUMS<VALUES>;
+    DYNAMIC_SHARED(float, shared);
+    const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+    float* const turned = shared + warp * TILE * LINE;
+    float* const sums = shared + warps * TILE * LINE;                                              // 2, warps, TILE, Y_LINE
+    T* const values = reinterpret_cast<T*>(sums + (OUTPUT ? 2 * warps * TILE * Y_LINE : 0));  // 2, TILE, V_LINE
+
+    const int head = blockIdx.x, heads = int(p.shape.heads), size = int(p.shape.size), steps = int(p.shape.steps);
+    const int chunks = int(p.shape.chunks()), per = int(p.per), segment = blockIdx.z, segments = (chunks + per - 1) / per;
+    const int64_t stride = int64_t(heads) * size, base = (int64_t(head / heads) * steps * heads + head % heads) * size;
+    const int key = TILE * warp + 4 * q, keys = clamp(size - key, 4), value = blockIdx.y * VALUES;
+    const bool vector = size % 4 == 0;
+
+    // Tiles of the segment, but for those behind the last step.
+    const int full = (steps + TILE - 1) / TILE, padded = chunks * TILES;
+    int tile = segment * per * TILES, end_tile = min(tile + per * TILES, padded);
+    if (p.reverse)
+        tile = max(tile, padded - full);
+    else
+        end_tile = min(end_tile, full);
+    const auto step = [&](int of, int i) {
+        const int n = of * TILE + i;
+        return p.reverse ? padded * TILE - 1 - n : n;
+    };
+
+    Tile s[M] = {};
+    const auto each_row = [&](auto act) {  // (the state's row in a tile, its place in a state)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = value + m * TILE + 2 * g + i;
+                if (row < size) act(s[m].x[i], row * size + key);
+            }
+    };
+    const auto save = [&](float* to) {
+        each_row([&](float (&x)[4], int at) { store<4>(to + at, x, keys, vector); });
+    };
+    const auto before = [&](int chunk) { return p.before + (int64_t(head) * chunks + chunk) * size * size; };
+    float passed[4] = {1, 1, 1, 1}, u[4] = {};
+    if constexpr (OUTPUT) {
+        const float* const from = segments == 1 ? p.state + int64_t(head) * size * size : before(segment * per);
+        each_row([&](float (&x)[4], int at) { read<4>(x, from + at, keys, vector); });
+        read<4>(u, p.u + head % heads * size + key, keys, vector);
+    }
+
+    Few<T, 4> next_r[2], next_k[2], next_w[2];
+    const auto fetch = [&](int of) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int t = step(of, 2 * g + i);
+            const int64_t at = base + t * stride + key;
+            const int within = t < steps ? keys : 0;
+            if constexpr (OUTPUT) next_r[i] = load<4>(p.r + at, within, vector);
+            next_k[i] = load<4>(p.k + at, within, vector);
+            next_w[i] = load<4>(p.w + at, within, vector);
+        }
+    };
+    const auto copy_values = [&](int of) {
+#pragma unroll 1
+        for (int n = threadIdx.x; n < TILE * VALUES / 4; n += blockDim.x) {
+            const int i = n / (VALUES / 4), column = n % (VALUES / 4) * 4;
+            const int t = step(of, i);
+            copy(values + (of % 2 * TILE + i) * V_LINE + column, p.v + base + t * stride + value + column,
+                 t < steps ? clamp(size - value - column, 4) : 0, vector);
+        }
+        cp_async_commit();
+    };
+    const auto put_out = [&](int of) {  // the sum of the warps' parts
+        const float* const part = sums + of % 2 * warps * TILE * Y_LINE;
+#pragma unroll 1
+        for (int n = threadIdx.x; n < TILE * VALUES / 4; n += blockDim.x) {
+            const int i = n / (VALUES / 4), column = n % (VALUES / 4) * 4;
+            float sum[4] = {};
+            for (int of_warp = 0; of_warp < warps; of_warp++) {
+                float add[4];
+                read<4>(add, part + (of_warp * TILE + i) * Y_LINE + column, 4, true);
+#pragma unroll
+                for (int j = 0; j < 4; j++) sum[j] += add[j];
+            }
+            const int t = step(of, i);
+            if (t < steps) store<4>(p.y + base + t * stride + value + column, sum, clamp(size - value - column, 4), vector);
+        }
+    };
+
+    const int first = tile;
+    if (tile < end_tile) fetch(tile), copy_values(tile);
+    for (; tile < end_tile; tile++) {
+        if constexpr (OUTPUT)
+            if (p.before && (tile % TILES == 0 || tile == first) && !(tile == first && segments > 1)) save(before(tile / TILES));
+
+        Tile r, k, decay;  // rows are steps, columns keys
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const bool there = step(tile, 2 * g + i) < steps;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if constexpr (OUTPUT) r.x[i][j] = number(next_r[i], j);
+                k.x[i][j] = number(next_k[i], j);
+                decay.x[i][j] = there ? expf(-expf(number(next_w[i], j))) : 1.0f;
+            }
+        }
+
+        // Blocks of 2: of the pairs, a step and itself, and 2g+1 with 2g.
+        Tile start, end, scores;
+        float whole[4], own[2] = {}, neighbours = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            start.x[0][j] = end.x[1][j] = 1, start.x[1][j] = decay.x[0][j], end.x[0][j] = decay.x[1][j];
+            whole[j] = decay.x[0][j] * decay.x[1][j];
+            if constexpr (OUTPUT) {
+                own[0] += r.x[0][j] * u[j] * k.x[0][j], own[1] += r.x[1][j] * u[j] * k.x[1][j];
+                neighbours += r.x[1][j] * k.x[0][j];
+            }
+        }
+        if constexpr (OUTPUT) {
+            own[0] = sum_columns(own[0]), own[1] = sum_columns(own[1]), neighbours = sum_columns(neighbours);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int t = 2 * g + i, at = 4 * q + j;
+                    scores.x[i][j] = at == t ? own[i] : i && at == t - 1 ? neighbours : 0;
+                }
+        }
+#pragma unroll
+        for (int level = 1; level < 4; level++) {
+            Tile read, write;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    if constexpr (OUTPUT) read.x[i][j] = r.x[i][j] * start.x[i][j];
+                    write.x[i][j] = k.x[i][j] * end.x[i][j];
+                }
+            if constexpr (OUTPUT) {
+                Tile pairs = {};
+                multiply(pairs, operand<PARTS<T>>(read), operand<PARTS<T>>(write));
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int block = (2 * g + i) >> level;
+                        if (block % 2 && (4 * q + j) >> level == block - 1) scores.x[i][j] = pairs.x[i][j];
+                    }
+            }
+            const bool second = g >> (level - 1) & 1;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float other = __shfl_xor_sync(~0u, whole[j], 2 << level);
+#pragma unroll
+                for (int i = 0; i < 2; i++) start.x[i][j] *= second ? other : 1, end.x[i][j] *= second ? 1 : other;
+                whole[j] *= other;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            passed[j] *= whole[j];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if constexpr (OUTPUT) r.x[i][j] *= start.x[i][j];
+                turned[(4 * q + j) * LINE + 2 * g + i] = k.x[i][j] * end.x[i][j];
+            }
+        }
+
+        // One barrier a tile: behind it lie this tile's values and the warps' parts of the last tile's y, and the buffers of
+        // the next values and of this y are free.
+        cp_async_wait();
+        __syncthreads();
+        if (tile + 1 < end_tile) fetch(tile + 1), copy_values(tile + 1);
+        if constexpr (OUTPUT)
+            if (tile > first) put_out(tile - 1);
+
+        const Operand<2> write = operand<2>(rows(turned, LINE, g, q));
+        Operand<PARTS<T>> read, pairs;
+        if constexpr (OUTPUT) read = operand<PARTS<T>>(r), pairs = operand<PARTS<T>>(scores);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            const Operand<PARTS<T>> v = given<T>(columns(values + tile % 2 * TILE * V_LINE + m * TILE, V_LINE, g, q));
+            if constexpr (OUTPUT) {
+                Tile y = {};
+                multiply(y, pairs, v);
+                multiply(y, read, operand<PARTS<T>>(s[m]));
+                put(sums + (tile % 2 * warps + warp) * TILE * Y_LINE + m * TILE, Y_LINE, y, g, q);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) s[m].x[i][j] *= whole[j];
+            multiply(s[m], v, write);
+        }
+        __syncwarp();  // `turned` is read
+    }
+    if constexpr (OUTPUT) {
+        __syncthreads();
+        put_out(end_tile - 1);
+        if (segment == segments - 1) save(p.final + int64_t(head) * size * size);
+    } else {
+        save(before((segment + 1) * per));
+        if (blockIdx.y == 0 && g == 0) store<4>(p.decays + (int64_t(head) * (segments - 1) + segment) * size + key, passed, keys, vector);
+    }
+}
+
+// From what each segment adds, in its successor's place in `before`, to the state before each. A thread for each number of it.
+__global__ void __launch_bounds__(256) scan(const float* state, const float* decays, float* before, Shape shape, int64_t per) {
+    constexpr int AHEAD = 8;  // loads that wait for memory together
+    const int64_t square = shape.size * shape.size, i = int64_t(blockIdx.x) * 256 + threadIdx.x, head = i / square;
+    if (head >= shape.batch * shape.heads) return;
+    const int64_t chunks = shape.chunks(), segments = (chunks + per - 1) / per;
+    const float* const decay = decays + head * (segments - 1) * shape.size + i % shape.size;
+    float* const at = before + head * chunks * square + i % square;
+    float s = state[i];
+    at[0] = s;
+    for (int64_t n = 1; n < segments; n += AHEAD) {
+        float added[AHEAD], by[AHEAD];
+#pragma unroll
+        for (int m = 0; m < AHEAD; m++)
+            if (n + m < segments) added[m] = at[(n + m) * per * square], by[m] = decay[(n + m - 1) * shape.size];
+#pragma unroll
+        for (int m = 0; m < AHEAD; m++)
+            if (n + m < segments) at[(n + m) * per * square] = s = s * by[m] + added[m];
+    }
+}
+
+template <class T, int VALUES, bool OUTPUT>
+int launch_walk(const Walk<T>& p, int64_t segments, int64_t stream) {
+    const int64_t warps = (p.shape.size + TILE - 1) / TILE, splits = (p.shape.size + VALUES - 1) / VALUES;
+    const dim3 grid(unsigned(p.shape.batch * p.shape.heads), unsigned(splits), unsigned(segments));
+    return LAUNCH(walk<T, VALUES, OUTPUT>, grid, dim3(unsigned(warps * WARP)), walk_shared<T, VALUES, OUTPUT>(warps), stream, p);
+}
+
+template <class T, int VALUES>
+int run_walk(const Walk<T>& p, int64_t stream) {
+    const int64_t segments = (p.shape.chunks() + p.per - 1) / p.per;
+    if (segments > 1) {
+        if (const int error = launch_walk<T, VALUES, false>(p, segments - 1, stream)) return error;
+        const int64_t numbers = p.shape.batch * p.shape.heads * p.shape.size * p.shape.size;
+        const dim3 grid(unsigned((numbers + 255) / 256));
+        if (const int error = LAUNCH(scan, grid, dim3(256), 0, stream, p.state, p.decays, p.before, p.shape, p.per)) return error;
+    }
+    return launch_walk<T, VALUES, true>(p, segments, stream);
+}
+
+// How many values a block takes follows from what fits: a warp for each 16 keys, and its part of the state in its registers.
+template <class T>
+int run_walk(const Walk<T>& p, int64_t stream) {
+    if (p.shape.size <= 16) return run_walk<T, 16>(p, stream);
+    if (p.shape.size <= 32 || p.shape.size > 128) return run_walk<T, 32>(p, stream);
+    return run_walk<T, 64>(p, stream);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- gradients
+
+template <class T>
+struct Gradients {
+    const T *r, *k, *v, *w, *dy;
+    const float *u;
+    const float *before, *after;  // (B H, chunks, N, N): S before each chunk; D after each, the last chunk's first
+    T *dr, *dk, *dw;
+    float* du;  // (chunks, B, H, N)
+    Shape shape;
+};
+
+constexpr int GROUP = 64;                             // of keys, which a block takes; and of values, which it goes through
+constexpr int PAIRS = TILES * (TILES + 1) / 2;        // tiles of pairs (t, s) in a chunk that have s <= t
+DEVICE constexpr int pair(int t, int s) { return t * (t + 1) / 2 + s; }
+
+template <class T>
+size_t gradients_shared(int64_t warps) {
+    return 4 * (PAIRS * TILE * LINE + warps * TILES * 2 * TILE * TILE) + 2 * CHUNK * (GROUP * sizeof(T) + 16);
+}
+
+// Products of decays within blocks of a tile whose rows are keys, columns steps: widen<0>, <1>, ... double the blocks.
+struct Spans {
+    Tile start, end, whole;  // `whole` in the first of a block's columns that a lane has
+};
+
+DEVICE Spans singles(const Tile& decay) {
+    Spans spans;
+    spans.whole = decay;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) spans.start.x[i][j] = spans.end.x[i][j] = 1;
+    return spans;
+}
+
+template <int LEVEL>
+DEVICE void widen(Spans& spans, int q) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float(&start)[4] = spans.start.x[i], (&end)[4] = spans.end.x[i], (&whole)[4] = spans.whole.x[i];
+        if constexpr (LEVEL == 0) {
+            start[1] = whole[0], end[0] = whole[1], whole[0] *= whole[1];
+            start[3] = whole[2], end[2] = whole[3], whole[2] *= whole[3];
+        } else if constexpr (LEVEL == 1) {
+            start[2] *= whole[0], start[3] *= whole[0], end[0] *= whole[2], end[1] *= whole[2], whole[0] *= whole[2];
+        } else {
+            constexpr int LANES = 1 << (LEVEL - 2);
+            const float other = __shfl_xor_sync(~0u, whole[0], LANES);
+#pragma unroll
+            for (int j = 0; j < 4; j++) start[j] *= q & LANES ? other : 1, end[j] *= q & LANES ? 1 : other;
+            whole[0] *= other;
+        }
+    }
+}
+
+// Sums for the gradients of log decays: what reads at t passes the decays before t in its block, what s writes those after s.
+// With blocks halved as above, a step of a first half gets all reads of the second, one of the second all writes of the first.
+template <int N>
+struct Level {
+    static constexpr int value = N;
+};
+
+struct Passing {
+    float read[2], write[2];              // halves of 1: by the pair of columns
+    float read4, write4;                  // halves of 2
+    float read8, write8, read16, write16; // halves of 4 and 8, this lane's part
+};
+
+template <int LEVEL>  // blocks of 2^LEVEL
+DEVICE void pass(Passing& p, const float (&read)[4], const float (&write)[4]) {
+    p.read[0] += read[1], p.read[1] += read[3], p.write[0] += write[0], p.write[1] += write[2];
+    if constexpr (LEVEL >= 2) p.read4 += read[2] + read[3], p.write4 += write[0] + write[1];
+    if constexpr (LEVEL >= 3) {
+        const float reads = (read[0] + read[1]) + (read[2] + read[3]), writes = (write[0] + write[1]) + (write[2] + write[3]);
+        p.read8 += reads, p.write8 += writes;
+        if constexpr (LEVEL >= 4) p.read16 += reads, p.write16 += writes;
+    }
+}
+
+// A block takes a chunk of a head and 64 of its keys, a warp 16 of these. Tiles have keys as rows, and steps or values as columns.
+template <class T>
+__global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const Gradients<T> p) {
+    constexpr int V_LINE = GROUP + 16 / sizeof(T);
+    constexpr int P = PARTS<T>;
+    DYNAMIC_SHARED(float, shared);
+    const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+    float* const pairs = shared;                                                                    // PAIRS, TILE, LINE
+    float* const scaled = pairs + PAIRS * TILE * LINE + warp * TILES * 2 * TILE * TILE + lane * 4;  // TILES, 2, 2, WARP, 4
+    T* const values = reinterpret_cast<T*>(pairs + PAIRS * TILE * LINE + warps * TILES * 2 * TILE * TILE);  // CHUNK, V_LINE
+    T* const dys = values + CHUNK * V_LINE;
+
+    const int head = blockIdx.x, heads = int(p.shape.heads), size = int(p.shape.size), steps = int(p.shape.steps);
+    const int chunk = blockIdx.z, chunks = gridDim.z;
+    const int64_t stride = int64_t(heads) * size, base = (int64_t(head / heads) * steps * heads + head % heads) * size;
+    const int key = blockIdx.y * GROUP + warp * TILE + 2 * g, keys = clamp(size - key, 2);
+    const bool two = size % 2 == 0, four = size % 4 == 0;
+
+    const auto copy_group = [&](int from) {
+        for (int n = threadIdx.x; n < CHUNK * GROUP / 4; n += blockDim.x) {
+            const int i = n / (GROUP / 4), column = n % (GROUP / 4) * 4;
+            const int t = chunk * CHUNK + i;
+            const int64_t at = base + t * stride + from + column;
+            const int within = t < steps ? clamp(size - from - column, 4) : 0;
+            copy(values + i * V_LINE + column, p.v + at, within, four);
+            copy(dys + i * V_LINE + column, p.dy + at, within, four);
+        }
+        cp_async_commit();
+    };
+    const auto fetch = [&](const T* from, int n) {  // a tile of steps 16 n, ...
+        Tile tile;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int t = chunk * CHUNK + n * TILE + 4 * q + j;
+            const Few<T, 2> few = load<2>(from + base + t * stride + key, t < steps ? keys : 0, two);
+            tile.x[0][j] = number(few, 0), tile.x[1][j] = number(few, 1);
+        }
+        return tile;
+    };
+    const auto decay_of = [&](Tile& rate, int n) {  // of `rate` = exp(w)
+        Tile decay;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const bool there = chunk * CHUNK + n * TILE + 4 * q + j < steps;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                rate.x[i][j] = expf(rate.x[i][j]);
+                decay.x[i][j] = there ? expf(-rate.x[i][j]) : 1.0f;
+            }
+        }
+        return decay;
+    };
+    // A lane's own: r * start and k * end over whole tiles; in the end, their gradients.
+    const auto keep = [&](int n, int which, const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) store<4>(scaled + ((n * 2 + which) * 2 + i) * WARP * 4, tile.x[i], 4, true);
+    };
+    const auto kept = [&](int n, int which) {
+        Tile tile;
+#pragma unroll
+        for (int i = 0; i < 2; i++) read<4>(tile.x[i], scaled + ((n * 2 + which) * 2 + i) * WARP * 4, 4, true);
+        return tile;
+    };
+    constexpr int READ = 0, WRITE = 1;
+
+    copy_group(0);
+    float whole[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        Tile r = fetch(p.r, n), k = fetch(p.k, n), rate = fetch(p.w, n);
+        Spans spans = singles(decay_of(rate, n));
+        widen<0>(spans, q), widen<1>(spans, q), widen<2>(spans, q), widen<3>(spans, q);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            whole[n][i] = spans.whole.x[i][0];
+#pragma unroll
+            for (int j = 0; j < 4; j++) r.x[i][j] *= spans.start.x[i][j], k.x[i][j] *= spans.end.x[i][j];
+        }
+        keep(n, READ, r), keep(n, WRITE, k);
+    }
+
+    // dread and dwrite are the gradients of what `scaled` has; first by the states on either side, and dy v' of all pairs.
+    Tile dread[TILES] = {}, dwrite[TILES] = {};
+    float across[2] = {};  // S . D
+    const float* const before = p.before + (int64_t(head) * chunks + chunk) * size * size;
+    const float* const after = p.after + (int64_t(head) * chunks + chunks - 1 - chunk) * size * size;
+    for (int from = 0; from < size; from += GROUP) {
+        if (from) {
+            __syncthreads();
+            copy_group(from);
+        }
+        cp_async_wait();
+        __syncthreads();
+#pragma unroll 1
+        for (int m = 0; m < GROUP && from + m < size; m += TILE) {
+            Tile s, d;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int value = from + m + 4 * q + j, within = value < size ? keys : 0;
+                const Few<float, 2> few_s = load<2>(before + value * size + key, within, two);
+                const Few<float, 2> few_d = load<2>(after + value * size + key, within, two);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    s.x[i][j] = number(few_s, i), d.x[i][j] = number(few_d, i);
+                    across[i] += s.x[i][j] * d.x[i][j];
+                }
+            }
+            const Operand<P> of_s = operand<P>(s), of_d = operand<P>(d);
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+                multiply(dread[n], of_s, given<T>(rows(dys + n * TILE * V_LINE + m, V_LINE, g, q)));
+                multiply(dwrite[n], of_d, given<T>(rows(values + n * TILE * V_LINE + m, V_LINE, g, q)));
+            }
+        }
+        for (int n = warp; n < PAIRS; n += warps) {
+            const int t = n >= 6 ? 3 : n >= 3 ? 2 : n >= 1 ? 1 : 0, at = n - pair(t, 0);
+            Tile of_pairs = {};
+            for (int m = 0; m < GROUP && from + m < size; m += TILE)
+                multiply(of_pairs, given<T>(rows(dys + t * TILE * V_LINE + m, V_LINE, g, q)),
+                         given<T>(rows(values + at * TILE * V_LINE + m, V_LINE, g, q)));
+            if (from) {
+                const Tile sofar = rows(pairs + n * TILE * LINE, LINE, g, q);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) of_pairs.x[i][j] += sofar.x[i][j];
+            }
+            put(pairs + n * TILE * LINE, LINE, of_pairs, g, q);
+        }
+    }
+    __syncthreads();
+
+    // What passes whole tiles.
+    float passing[TILES][2] = {};
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        const Tile read = kept(n, READ), write = kept(n, WRITE);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float earlier = 1, later = 1, reads = 0, writes = 0;
+#pragma unroll
+            for (int m = 0; m < n; m++) earlier *= whole[m][i];
+#pragma unroll
+            for (int m = n + 1; m < TILES; m++) later *= whole[m][i];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                reads += (dread[n].x[i][j] *= earlier) * read.x[i][j];
+                writes += (dwrite[n].x[i][j] *= later) * write.x[i][j];
+            }
+            passing[n][i] += earlier * whole[n][i] * later * across[i];
+#pragma unroll
+            for (int m = 0; m < n; m++) passing[m][i] += reads;
+#pragma unroll
+            for (int m = n + 1; m < TILES; m++) passing[m][i] += writes;
+        }
+    }
+    // Pairs whose steps are in different tiles.
+#pragma unroll
+    for (int t = 1; t < TILES; t++) {
+        const Tile read = kept(t, READ);
+        const Operand<P> of_read = operand<P>(read);
+#pragma unroll
+        for (int at = 0; at < t; at++) {
+            const float* const of_pairs = pairs + pair(t, at) * TILE * LINE;
+            Tile dreads = {}, dwrites = {};
+            multiply(dreads, operand<P>(kept(at, WRITE)), operand<P>(rows(of_pairs, LINE, g, q)));
+            multiply(dwrites, of_read, operand<P>(columns(of_pairs, LINE, g, q)));
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float between = 1, reads = 0;
+#pragma unroll
+                for (int m = at + 1; m < t; m++) between *= whole[m][i];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float x = between * dreads.x[i][j];
+                    dread[t].x[i][j] += x, reads += x * read.x[i][j];
+                    dwrite[at].x[i][j] += between * dwrites.x[i][j];
+                }
+#pragma unroll
+                for (int m = at + 1; m < t; m++) passing[m][i] += reads;
+            }
+        }
+    }
+
+#pragma unroll
+    for (int n = 0; n < TILES; n++) keep(n, READ, dread[n]), keep(n, WRITE, dwrite[n]);
+
+    // Within each tile, where everything comes together.
+    float u[2], du[2] = {};
+    read<2>(u, p.u + head % heads * size + key, keys, two);
+#pragma unroll 1
+    for (int n = 0; n < TILES; n++) {
+        const float* const of_pairs = pairs + pair(n, n) * TILE * LINE;
+        float here_pairs[4][4];  // of this lane's columns
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int m = 0; m <= j; m++) here_pairs[j][m] = of_pairs[(4 * q + j) * LINE + 4 * q + m];
+        const Tile r = fetch(p.r, n), k = fetch(p.k, n);
+        Tile rate = fetch(p.w, n), dr, dk;
+        const Tile decay = decay_of(rate, n);
+        Spans spans = singles(decay);
+        Passing sums[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float(&R)[4] = r.x[i], (&K)[4] = k.x[i], (&D)[4] = decay.x[i];
+            float(&dR)[4] = dr.x[i], (&dK)[4] = dk.x[i];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float own = here_pairs[j][j];
+                dR[j] = u[i] * K[j] * own, dK[j] = u[i] * R[j] * own, du[i] += R[j] * K[j] * own;
+            }
+            // neighbours, then blocks of 2 next to each other
+            dR[1] += K[0] * here_pairs[1][0], dK[0] += R[1] * here_pairs[1][0];
+            dR[3] += K[2] * here_pairs[3][2], dK[2] += R[3] * here_pairs[3][2];
+            const float write[2] = {K[0] * D[1], K[1]}, read[2] = {R[2], R[3] * D[2]};
+            const float dreads[2] = {write[0] * here_pairs[2][0] + write[1] * here_pairs[2][1],
+                                     write[0] * here_pairs[3][0] + write[1] * here_pairs[3][1]};
+            const float dwrites[2] = {read[0] * here_pairs[2][0] + read[1] * here_pairs[3][0],
+                                      read[0] * here_pairs[2][1] + read[1] * here_pairs[3][1]};
+            dR[2] += dreads[0], dR[3] += dreads[1] * D[2], dK[0] += dwrites[0] * D[1], dK[1] += dwrites[1];
+            pass<1>(sums[i], {0, 0, 0, dreads[1] * read[1]}, {dwrites[0] * write[0], 0, 0, 0});
+        }
+        const auto add = [&](auto level, const Tile& dreads, const Tile& dwrites) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float reads[4], writes[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float to_r = dreads.x[i][j] * spans.start.x[i][j], to_k = dwrites.x[i][j] * spans.end.x[i][j];
+                    dr.x[i][j] += to_r, reads[j] = to_r * r.x[i][j];
+                    dk.x[i][j] += to_k, writes[j] = to_k * k.x[i][j];
+                }
+                pass<decltype(level)::value>(sums[i], reads, writes);
+            }
+        };
+        const auto part = [&](auto level) {  // pairs of neighbouring blocks of 2^level
+            Tile read, write, forth = rows(of_pairs, LINE, g, q), back = columns(of_pairs, LINE, g, q), dreads = {}, dwrites = {};
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    read.x[i][j] = r.x[i][j] * spans.start.x[i][j], write.x[i][j] = k.x[i][j] * spans.end.x[i][j];
+                    const int row = (2 * g + i) >> level.value, column = (4 * q + j) >> level.value;
+                    if (!(row % 2 && column == row - 1)) forth.x[i][j] = 0;
+                    if (!(column % 2 && row == column - 1)) back.x[i][j] = 0;
+                }
+            multiply(dreads, operand<P>(write), operand<P>(forth));
+            multiply(dwrites, operand<P>(read), operand<P>(back));
+            add(level, dreads, dwrites);
+        };
+        widen<0>(spans, q), widen<1>(spans, q);
+        part(Level<2>{});
+        widen<2>(spans, q);
+        part(Level<3>{});
+        widen<3>(spans, q);
+        add(Level<4>{}, kept(n, READ), kept(n, WRITE));
+
+        Tile dw;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const Passing& sum = sums[i];
+            float far = q & 2 ? sum.read16 : sum.write16, near = q & 1 ? sum.read8 : sum.write8;
+            far += __shfl_xor_sync(~0u, far, 1);
+            far = __shfl_xor_sync(~0u, far, 2), near = __shfl_xor_sync(~0u, near, 1);
+            float whole_tiles = passing[0][i];
+#pragma unroll
+            for (int m = 1; m < TILES; m++) whole_tiles = n == m ? passing[m][i] : whole_tiles;
+            const float all = sum_columns(whole_tiles) + far + near;
+            const float local[4] = {sum.read4 + sum.read[0], sum.read4 + sum.write[0], sum.write4 + sum.read[1],
+                                    sum.write4 + sum.write[1]};
+#pragma unroll
+            for (int j = 0; j < 4; j++) dw.x[i][j] = -rate.x[i][j] * (all + local[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int t = chunk * CHUNK + n * TILE + 4 * q + j;
+            const int64_t at = base + t * stride + key;
+            if (t >= steps) continue;
+            store<2>(p.dr + at, {dr.x[0][j], dr.x[1][j]}, keys, two);
+            store<2>(p.dk + at, {dk.x[0][j], dk.x[1][j]}, keys, two);
+            store<2>(p.dw + at, {dw.x[0][j], dw.x[1][j]}, keys, two);
+        }
+    }
+    du[0] = sum_columns(du[0]), du[1] = sum_columns(du[1]);
+    if (q == 0) store<2>(p.du + (int64_t(chunk) * gridDim.x + head) * size + key, du, keys, two);
+}
+
+// sums[c] = the sum of rows[0][c], rows[1][c], ..., always in the same order.
+__global__ void __launch_bounds__(256) add_rows(const float* rows, float* sums, int64_t count, int64_t columns) {
+    SHARED(float, parts, 256);
+    const int64_t column = int64_t(blockIdx.x) * 32 + threadIdx.x % 32;
+    float sum = 0;
+    if (column < columns)
+#pragma unroll 4
+        for (int64_t n = threadIdx.x / 32; n < count; n += 8) sum += rows[n * columns + column];
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= 32 || column >= columns) return;
+    for (int n = 1; n < 8; n++) sum += parts[n * 32 + threadIdx.x];
+    sums[column] = sum;
+}
+
+template <class T>
+int run_gradients(const Gradients<T>& p, float* du, int64_t stream) {
+    const Shape& s = p.shape;
+    const int64_t warps = min(int64_t(GROUP), s.size + TILE - 1) / TILE, groups = (s.size + GROUP - 1) / GROUP;
+    const dim3 grid(unsigned(s.batch * s.heads), unsigned(groups), unsigned(s.chunks()));
+    const dim3 block(unsigned(warps * WARP));
+    if (const int error = LAUNCH(gradients<T>, grid, block, gradients_shared<T>(warps), stream, p)) return error;
+    const int64_t columns = s.heads * s.size, count = s.chunks() * s.batch;
+    return LAUNCH(add_rows, dim3(unsigned((columns + 31) / 32)), dim3(256), 0, stream, p.du, du, count, columns);
+}
+
+}  // namespace
+
+// r, k, v, w, y: (B, T, H, N) contiguous, aligned to 16 bytes, all bfloat16 if `is_bf16`, else float32. u: (H, N) float32.
+// state, final: (B, H, N, N) float32, value by key. before: (B H, chunks of 64, N, N), the states before each, or null, if
+// there is one segment. decays: (B H, segments - 1, N), if there are more. per: chunks in a segment.
+struct Wkv6Forward {
+    const void *r, *k, *v, *w;
+    const float *u, *state;
+    void* y;
+    float *final, *before, *decays;
+    Shape shape;
+    int64_t per, is_bf16, stream;
+};
+
+template <class T>
+static int forward(const Wkv6Forward& f) {
+    const auto in = [](const void* x) { return static_cast<const T*>(x); };
+    return run_walk<T>({in(f.r), in(f.k), in(f.v), in(f.w), f.u, f.state, static_cast<T*>(f.y), f.final, f.before, f.decays,
+                        f.shape, f.per, false}, f.stream);
+}
+
+extern "C" int rwkv_wkv6_forward(const Wkv6Forward* f) { return f->is_bf16 ? forward<bf16>(*f) : forward<float>(*f); }
+
+// As above. dy and the gradients are like their inputs, du float32. after: like `before`, decays as there, dus: (chunks, B, H, N)
+// float32: scratch.
+struct Wkv6Backward {
+    const void *r, *k, *v, *w;
+    const float *u, *before;
+    const void* dy;
+    const float* dfinal;
+    void *dr, *dk, *dv, *dw;
+    float *du, *dstate, *after, *decays, *dus;
+    Shape shape;
+    int64_t per, is_bf16, stream;
+};
+
+template <class T>
+static int backward(const Wkv6Backward& f) {
+    const auto in = [](const void* x) { return static_cast<const T*>(x); };
+    const auto out = [](void* x) { return static_cast<T*>(x); };
+    if (const int error = run_walk<T>({in(f.k), in(f.r), in(f.dy), in(f.w), f.u, f.dfinal, out(f.dv), f.dstate, f.after, f.decays,
+                                       f.shape, f.per, true}, f.stream))
+        return error;
+    return run_gradients<T>({in(f.r), in(f.k), in(f.v), in(f.w), in(f.dy), f.u, f.before, f.after, out(f.dr), out(f.dk),
+                             out(f.dw), f.dus, f.shape}, f.du, f.stream);
+}
+
+extern "C" int rwkv_wkv6_backward(const Wkv6Backward* f) { return f->is_bf16 ? backward<bf16>(*f) : backward<float>(*f); }

@@ -1,0 +1,122 @@
+"""WKV-7 in CUDA C++, csrc/cuda/wkv7.cu: chunks of 16 steps as products on tensor cores. The operator is in `kernels.wkv7`.
+
+Products are of tf32 for bfloat16 inputs, and as good as float32's for all others. Tensors on the CPU are worked on by the same
+code under a stand-in for a GPU, which is slow: for tests.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import build
+
+SEGMENT = 64
+"""Steps from one kept state to the next."""
+
+LARGEST = 256
+"""Channels of a head at most."""
+
+Schedule = Literal["fused", "parallel", "auto"]
+
+schedule: Schedule = "auto"
+"""How time is gone through: "fused", by a block for each head, step after step; "parallel", all segments at once, and a scan of
+what each makes of the state in between, which pays where there are fewer heads than a GPU has room for; "auto", what should be
+faster. Tests and benchmarks set it."""
+
+
+class Plan(NamedTuple):
+    """How a shape is run, as rwkv_wkv7_plan in csrc/cuda/wkv7.cu decides."""
+
+    parallel: int
+    warps: int
+    """of a block, each for 16 rows of values"""
+    forward_maps: int
+    """float32 numbers of scratch, as all that follow"""
+    states: int
+    parts: int
+    backward_maps: int
+    ends: int
+
+
+def kept(steps: int, state: Tensor) -> Tensor:
+    """What `forward` leaves to `backward` of `steps` steps, not initialised: the state before each segment."""
+    batch, heads, size, _ = state.shape
+    return state.new_empty(batch, heads, -(-steps // SEGMENT), size, size)
+
+
+def forward(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.wkv7`.
+
+    Raises:
+        ValueError: heads of more than 256 channels.
+        RuntimeError: CUDA's own.
+    """
+    inputs, state = _readable(r, w_raw, k, v, a, b), _aligned(state)
+    shape, plan = _shape(inputs[0])
+    y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
+    before = kept(r.shape[1], state) if keep or plan.parallel else state.new_empty(0)
+    maps = state.new_empty(plan.forward_maps)
+    _call("rwkv_wkv7_forward", "19q", r.device, *shape, *inputs, state, y, final, before, maps)
+    return y.to(r.dtype), final, before if keep else state.new_empty(0)
+
+
+def backward(
+    r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, before: Tensor, dy: Tensor, dfinal: Tensor
+) -> tuple[Tensor, ...]:
+    """See `kernels.wkv7`. The states within a segment are made again, not kept.
+
+    Raises:
+        RuntimeError: CUDA's own.
+    """
+    inputs = _readable(r, w_raw, k, v, a, b)
+    dy, dfinal = _aligned(dy.to(inputs[0].dtype)), _aligned(dfinal)
+    shape, plan = _shape(inputs[0])
+    grads = [torch.empty_like(x) for x in (*inputs, dfinal)]
+    scratch = [dfinal.new_empty(count) for count in (plan.states, plan.parts, plan.backward_maps, plan.ends)]
+    _call("rwkv_wkv7_backward", "28q", r.device, *shape, *inputs, before, dy, dfinal, *grads, *scratch)
+    of_inputs = (grad.to(x.dtype) for grad, x in zip(grads, (r, w_raw, k, v, a, b), strict=False))
+    return *of_inputs, grads[6]
+
+
+def _readable(*xs: Tensor) -> list[Tensor]:
+    """All in bfloat16, or all in float32."""
+    dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in xs) else torch.float32
+    return [_aligned(x.to(dtype)) for x in xs]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, and where 16 bytes can be read at once: a slice of another tensor may begin anywhere."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _shape(x: Tensor) -> tuple[tuple[int, ...], Plan]:
+    """The beginning of a record, and the plan that it is part of."""
+    batch, steps, heads, size = x.shape
+    if size > LARGEST:
+        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {LARGEST} at most; say op='triton' or 'torch'")
+    shape = (batch, steps, heads, size, int(x.dtype == torch.bfloat16))
+    plan = _plan(shape, x.device, schedule)
+    return (*shape, plan.parallel, plan.warps), plan
+
+
+@functools.cache
+def _plan(shape: tuple[int, ...], device: torch.device, schedule: Schedule) -> Plan:
+    result = torch.empty(len(Plan._fields), dtype=torch.int64)
+    asked = ("fused", "parallel", "auto").index(schedule)
+    _call("rwkv_wkv7_plan", "10q", device, *shape, asked, 0, 0, result)
+    return Plan(*result.tolist())
+
+
+def _call(name: str, fields: str, device: torch.device, *values: int | Tensor) -> None:
+    """A function of the library on the current stream: tensors are passed by address, 0 if they are empty."""
+    record = [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
+    if device.type == "cpu":
+        build.function("wkv7", name, fields, "host")(*record, 0)
+        return
+    with torch.cuda.device(device):
+        build.function("wkv7", name, fields, "cuda")(*record, torch.cuda.current_stream(device).cuda_stream)
