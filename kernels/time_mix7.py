@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import build, time_mix7_cpu
+from kernels import time_mix7_cpu
 from kernels.choice import Form, Op, choose, direct
 
 FORMS: tuple[Form, ...] = ("cpu", "triton", "torch")
@@ -113,16 +113,6 @@ def readout_reference(
     normed = F.group_norm(y.flatten(0, 1).flatten(1), y.shape[2], weight, bias, eps).view_as(g)
     bonus = (r * k * r_k).sum(-1, keepdim=True) * v
     return ((normed + bonus.flatten(2)) * g).to(y.dtype)
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2, of any shape. Where no gradients are recorded, it is x itself that comes back, overwritten."""
-    if torch.is_grad_enabled() or not direct("time_mix7", x) or not x.is_contiguous():
-        return torch.relu(x) ** 2 if torch.is_grad_enabled() else x.relu_().square_()
-    build.function("time_mix7", "rwkv_relu_squared", "4q")(
-        x.data_ptr(), x.numel(), x.dtype is torch.bfloat16, build.threads()
-    )
-    return x
 
 
 def _check(activations: Sequence[Tensor], parameters: Sequence[Tensor], shape: torch.Size, size: int) -> None:

@@ -2,12 +2,12 @@
 
 Forward, and backward to x: a program does some tokens of one sequence, one after the other, and all channels of each, so that
 the token before and what the token behind asks of it stay in registers. Memory's bandwidth is the limit: of tensors of the
-size of x, M mixes read 1 and write M forward, and read M + 1 and write 1 backward; once more per program, a token at its border.
+size of x, M mixes read 1 and write M forward, and read M + 1 and write 1 backward; and a token at each program's border again.
 The gradients of parameters, where they are wanted, need no sums over channels: a pass of their own sums tiles of tokens by
 channels, and torch these sums, so that the result is the same each time.
 """
 
-# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-call,no-untyped-def,untyped-decorator"
 
 from collections.abc import Sequence
 

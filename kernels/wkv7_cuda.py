@@ -15,8 +15,8 @@ from kernels import build
 SEGMENT = 64
 """Steps from one kept state to the next."""
 
-LARGEST = 256
-"""Channels of a head at most."""
+SOURCES = {64: "wkv7", 128: "wkv7_128", 256: "wkv7_256"}
+"""By the channels that a head may have: a tile is so wide, whatever is in it."""
 
 Schedule = Literal["fused", "parallel", "auto"]
 
@@ -60,7 +60,7 @@ def forward(
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
     before = kept(r.shape[1], state) if keep or plan.parallel else state.new_empty(0)
     maps = state.new_empty(plan.forward_maps)
-    _call("rwkv_wkv7_forward", "19q", r.device, *shape, *inputs, state, y, final, before, maps)
+    _call("rwkv_wkv7_forward", "19q", r.device, r.shape[3], *shape, *inputs, state, y, final, before, maps)
     return y.to(r.dtype), final, before if keep else state.new_empty(0)
 
 
@@ -77,7 +77,7 @@ def backward(
     shape, plan = _shape(inputs[0])
     grads = [torch.empty_like(x) for x in (*inputs, dfinal)]
     scratch = [dfinal.new_empty(count) for count in (plan.states, plan.parts, plan.backward_maps, plan.ends)]
-    _call("rwkv_wkv7_backward", "28q", r.device, *shape, *inputs, before, dy, dfinal, *grads, *scratch)
+    _call("rwkv_wkv7_backward", "28q", r.device, r.shape[3], *shape, *inputs, before, dy, dfinal, *grads, *scratch)
     of_inputs = (grad.to(x.dtype) for grad, x in zip(grads, (r, w_raw, k, v, a, b), strict=False))
     return *of_inputs, grads[6]
 
@@ -97,8 +97,8 @@ def _aligned(x: Tensor) -> Tensor:
 def _shape(x: Tensor) -> tuple[tuple[int, ...], Plan]:
     """The beginning of a record, and the plan that it is part of."""
     batch, steps, heads, size = x.shape
-    if size > LARGEST:
-        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {LARGEST} at most; say op='triton' or 'torch'")
+    if size > max(SOURCES):
+        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {max(SOURCES)} at most; say op='triton' or 'torch'")
     shape = (batch, steps, heads, size, int(x.dtype == torch.bfloat16))
     plan = _plan(shape, x.device, schedule)
     return (*shape, plan.parallel, plan.warps), plan
@@ -108,15 +108,16 @@ def _shape(x: Tensor) -> tuple[tuple[int, ...], Plan]:
 def _plan(shape: tuple[int, ...], device: torch.device, schedule: Schedule) -> Plan:
     result = torch.empty(len(Plan._fields), dtype=torch.int64)
     asked = ("fused", "parallel", "auto").index(schedule)
-    _call("rwkv_wkv7_plan", "10q", device, *shape, asked, 0, 0, result)
+    _call("rwkv_wkv7_plan", "10q", device, shape[3], *shape, asked, 0, 0, result)
     return Plan(*result.tolist())
 
 
-def _call(name: str, fields: str, device: torch.device, *values: int | Tensor) -> None:
-    """A function of the library on the current stream: tensors are passed by address, 0 if they are empty."""
+def _call(name: str, fields: str, device: torch.device, size: int, *values: int | Tensor) -> None:
+    """A function for heads of this size, on the current stream. Tensors are passed by address, which is 0 if they are empty."""
+    source = next(source for largest, source in SOURCES.items() if size <= largest)
     record = [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
     if device.type == "cpu":
-        build.function("wkv7", name, fields, "host")(*record, 0)
+        build.function(source, name, fields, "host")(*record, 0)
         return
     with torch.cuda.device(device):
-        build.function("wkv7", name, fields, "cuda")(*record, torch.cuda.current_stream(device).cuda_stream)
+        build.function(source, name, fields, "cuda")(*record, torch.cuda.current_stream(device).cuda_stream)

@@ -32,11 +32,11 @@ KEPT = 64
 _KEPT = tl.constexpr(KEPT)
 _LOG_DECAY_MIN = tl.constexpr(-math.exp(-0.5))
 
-# Tiles: (L, KEYS) or (L, VALUES) rows of one head, and (VALUES, KEYS) states; both widths are powers of 2. Of a chunk's rows
-# only the first `count` exist, and of the columns N: the rest is read as 0, which adds nothing. The inputs are (B, T, H, N);
-# what passes between kernels is float32: c, the running sum of the log decays, W and u are (B H, T, N), states are
-# (slots, B H, N, N). c starts anew in each chunk. Factors of products are scaled around its middle row, so that none leaves
-# the range of float32.
+# Tiles: (L, KEYS) or (L, VALUES) rows of one head, and (VALUES, KEYS) states; wider heads are done block by block. Of a
+# chunk's rows only the first `count` exist, and of the columns N: the rest is read as 0, which adds nothing. The inputs are
+# (B, T, H, N); what passes between kernels is float32: c, the running sum of the log decays, which starts anew in each chunk,
+# W and u are (B H, T, N), states are (slots, B H, N, N). Factors of products are scaled around the middle of a chunk, so that
+# none leaves the range of float32.
 
 
 @triton.jit
@@ -81,15 +81,22 @@ def _square(slot, heads, head, values, keys, N: tl.constexpr):
 
 
 @triton.jit
-def _before(c, at, inside, N: tl.constexpr, L: tl.constexpr):
-    """c without the row's own decay."""
-    return _load(c - N, at, inside & (tl.arange(0, L) > 0)[:, None])
+def _decays(c, count, keys, N: tl.constexpr, L: tl.constexpr):
+    """c, c without the row's own decay, c at the end, and in the middle."""
+    rows, in_keys = tl.arange(0, L), keys < N
+    at, inside = _at(keys, N, L), (rows < count)[:, None] & in_keys[None, :]
+    end = tl.load(c + (count - 1) * N + keys, mask=in_keys, other=0.0)
+    middle = tl.load(c + (tl.minimum(count, L // 2) - 1) * N + keys, mask=in_keys, other=0.0)
+    return _load(c, at, inside), _load(c - N, at, inside & (rows > 0)[:, None]), end, middle
 
 
 @triton.jit
-def _last(c, count, keys, N: tl.constexpr):
-    """c of row `count` - 1."""
-    return tl.load(c + (count - 1) * N + keys, mask=keys < N, other=0.0)
+def _sums(w, at, inside, L: tl.constexpr):
+    """c, c without the row's own decay, and c in the middle, from w."""
+    log_decay = tl.where(inside, _LOG_DECAY_MIN * tl.sigmoid(_load(w, at, inside)), 0.0)
+    until = tl.cumsum(log_decay, 0)
+    middle = tl.sum(tl.where((tl.arange(0, L) == L // 2 - 1)[:, None], until, 0.0), 0)
+    return until, until - log_decay, middle
 
 
 @triton.jit
@@ -135,38 +142,43 @@ def _prepare(
 ):  # fmt: skip
     """W and U of one chunk, and forwards c. Backwards, a is b, b is a, k is r and v is dy."""
     head, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * L
-    keys = tl.arange(0, KEYS)
-    inside, at, own_at = _inside(first, keys, T, N, L), _at(keys, H * N, L), _at(keys, N, L)
     start, own_start = _row(head, first, T, H, N), _own_row(head, first, T, N)
+    count = tl.minimum(T - first, L)
     c += own_start
-    if REVERSE:
-        count = tl.minimum(T - first, L)
-        until, before = _load(c, own_at, inside), _before(c, own_at, inside, N, L)
-        end, middle = _last(c, count, keys, N), _last(c, tl.minimum(count, L // 2), keys, N)
-        read, written = until, before
-    else:
-        log_decay = tl.where(inside, _LOG_DECAY_MIN * tl.sigmoid(_load(w + start, at, inside)), 0.0)
-        until = tl.cumsum(log_decay, 0)
-        _store(c, own_at, inside, until)
-        middle = tl.sum(tl.where((tl.arange(0, L) == L // 2 - 1)[:, None], until, 0.0), 0)
-        end = middle  # not used
-        read, written = until - log_decay, until
-    a_tile = _load(a + start, at, inside)
-    left = a_tile * _from_middle(read, middle, not REVERSE)
-    right = _load(b + start, at, inside) * _from_middle(written, middle, REVERSE)
-    ab = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    ab, ak = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
+    for key in range(0, N, KEYS):
+        keys = key + tl.arange(0, KEYS)
+        inside, at = _inside(first, keys, T, N, L), _at(keys, H * N, L)
+        if REVERSE:
+            until, before, _, middle = _decays(c, count, keys, N, L)
+            of_a, of_b = until, before
+        else:
+            until, before, middle = _sums(w + start, at, inside, L)
+            of_a, of_b = before, until
+        left = _load(a + start, at, inside) * _from_middle(of_a, middle, not REVERSE)
+        right = _load(b + start, at, inside) * _from_middle(of_b, middle, REVERSE)
+        ab = tl.dot(left, tl.trans(right), ab, input_precision=PRECISION)
+        right = _load(k + start, at, inside) * _from_middle(until, middle, REVERSE)
+        ak = tl.dot(left, tl.trans(right), ak, input_precision=PRECISION)
     inverse = _inverse(tl.where(_pairs(L, REVERSE, False), ab, 0.0), L, PRECISION)
-    a_tile *= _to_border(read, end, not REVERSE)
-    _store(by_state + own_start, own_at, inside, tl.dot(inverse, a_tile, input_precision=PRECISION))
-    right = _load(k + start, at, inside) * _from_middle(until, middle, REVERSE)
-    ak = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     ak = tl.where(_pairs(L, REVERSE, REVERSE), ak, 0.0)
     for value in range(0, N, VALUES):
         values = value + tl.arange(0, VALUES)
-        inside_v = _inside(first, values, T, N, L)
-        v_tile = _load(v + start, _at(values, H * N, L), inside_v)
+        inside = _inside(first, values, T, N, L)
+        v_tile = _load(v + start, _at(values, H * N, L), inside)
         own = tl.dot(inverse, tl.dot(ak, v_tile, input_precision=PRECISION), input_precision=PRECISION)
-        _store(u + own_start, _at(values, N, L), inside_v, own)
+        _store(u + own_start, _at(values, N, L), inside, own)
+    for key in range(0, N, KEYS):
+        keys = key + tl.arange(0, KEYS)
+        inside, at, own_at = _inside(first, keys, T, N, L), _at(keys, H * N, L), _at(keys, N, L)
+        if REVERSE:
+            until, _, end, _ = _decays(c, count, keys, N, L)
+            a_tile = _load(a + start, at, inside) * tl.exp(end[None, :] - until)
+        else:
+            until, before, _ = _sums(w + start, at, inside, L)
+            _store(c, own_at, inside, until)
+            a_tile = _load(a + start, at, inside) * tl.exp(before)
+        _store(by_state + own_start, own_at, inside, tl.dot(inverse, a_tile, input_precision=PRECISION))
 
 
 @triton.jit
@@ -201,11 +213,9 @@ def _scan(
         u_tile = _load(u + own_start, u_at, inside_v)
         u_tile = tl.dot(_load(by_state + own_start, own_at, inside), tl.trans(state), u_tile, input_precision=PRECISION)
         _store(u + own_start, u_at, inside_v, u_tile)
-        until, end = _load(c + own_start, own_at, inside), _last(c + own_start, tl.minimum(T - first, L), keys, N)
+        until, before, end, _ = _decays(c + own_start, tl.minimum(T - first, L), keys, N, L)
         k_tile = _load(k + start, at, inside) * _to_border(until, end, REVERSE)
-        if REVERSE:
-            until = _before(c + own_start, own_at, inside, N, L)
-        b_tile = _load(b + start, at, inside) * _to_border(until, end, REVERSE)
+        b_tile = _load(b + start, at, inside) * _to_border(before if REVERSE else until, end, REVERSE)
         v_tile = _load(v + start, v_at, inside_v)
         state = tl.dot(tl.trans(v_tile), k_tile, state * tl.exp(end)[None, :], input_precision=PRECISION)
         state = tl.dot(tl.trans(u_tile), b_tile, state, input_precision=PRECISION)
@@ -222,33 +232,35 @@ def _outputs(
     """y of one chunk. Backwards dv: r is k, k is r, b is a, v is dy."""
     head, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     first = chunk * L
-    count = tl.minimum(T - first, L)
-    keys = tl.arange(0, KEYS)
-    inside, at, own_at = _inside(first, keys, T, N, L), _at(keys, H * N, L), _at(keys, N, L)
     start, own_start = _row(head, first, T, H, N), _own_row(head, first, T, N)
-    c_here = c + own_start
-    until = _load(c_here, own_at, inside)
-    end, middle = _last(c_here, count, keys, N), _last(c_here, tl.minimum(count, L // 2), keys, N)
-    r_tile = _load(r + start, at, inside)
-    left = r_tile * _from_middle(until, middle, not REVERSE)
-    right = _load(k + start, at, inside) * _from_middle(until, middle, REVERSE)
-    rk = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    count = tl.minimum(T - first, L)
+    c += own_start
+    rk, rb = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
+    for key in range(0, N, KEYS):
+        keys = key + tl.arange(0, KEYS)
+        inside, at = _inside(first, keys, T, N, L), _at(keys, H * N, L)
+        until, before, _, middle = _decays(c, count, keys, N, L)
+        left = _load(r + start, at, inside) * _from_middle(until, middle, not REVERSE)
+        right = _load(k + start, at, inside) * _from_middle(until, middle, REVERSE)
+        rk = tl.dot(left, tl.trans(right), rk, input_precision=PRECISION)
+        right = _load(b + start, at, inside) * _from_middle(before if REVERSE else until, middle, REVERSE)
+        rb = tl.dot(left, tl.trans(right), rb, input_precision=PRECISION)
     rk = tl.where(_pairs(L, REVERSE, True), rk, 0.0)
-    r_tile *= _to_border(until, end, not REVERSE)
-    if REVERSE:
-        until = _before(c_here, own_at, inside, N, L)
-    right = _load(b + start, at, inside) * _from_middle(until, middle, REVERSE)
-    rb = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     rb = tl.where(_pairs(L, REVERSE, not REVERSE), rb, 0.0)
     for value in range(0, N, VALUES):
         values = value + tl.arange(0, VALUES)
         inside_v, at_v = _inside(first, values, T, N, L), _at(values, H * N, L)
-        square, in_square = _square(chunk + 1 if REVERSE else chunk, heads, head, values, keys, N)
-        state = tl.load(states + square, mask=in_square, other=0.0)
-        out = tl.dot(r_tile, tl.trans(state), input_precision=PRECISION)
-        out = tl.dot(rk, _load(v + start, at_v, inside_v), out, input_precision=PRECISION)
-        u_tile = _load(u + own_start, _at(values, N, L), inside_v)
-        _store(y + start, at_v, inside_v, tl.dot(rb, u_tile, out, input_precision=PRECISION))
+        out = tl.dot(rk, _load(v + start, at_v, inside_v), input_precision=PRECISION)
+        out = tl.dot(rb, _load(u + own_start, _at(values, N, L), inside_v), out, input_precision=PRECISION)
+        for key in range(0, N, KEYS):
+            keys = key + tl.arange(0, KEYS)
+            until, _, end, _ = _decays(c, count, keys, N, L)
+            r_tile = _load(r + start, _at(keys, H * N, L), _inside(first, keys, T, N, L))
+            r_tile *= _to_border(until, end, not REVERSE)
+            square, in_square = _square(chunk + 1 if REVERSE else chunk, heads, head, values, keys, N)
+            state = tl.load(states + square, mask=in_square, other=0.0)
+            out = tl.dot(r_tile, tl.trans(state), out, input_precision=PRECISION)
+        _store(y + start, at_v, inside_v, out)
 
 
 @triton.jit
@@ -257,65 +269,69 @@ def _gradients(
     N: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """dr and da of one chunk. Backwards dk and db, from `grads`: r is k, a is b, dy is v, z is u; and the other way round.
+    """dr and da of one chunk. Backwards dk and db: `states` and `grads`, r and k, a and b, dy and v, z and u trade places.
 
-    The gradient of the decays follows from these four. Of step t it is the sum of what all states gain from the steps
-    behind: r dr at t and later and a da after t, less k dk and b db at t and later, and what the last state of the
-    chunk gains.
+    The gradient of a log decay follows from these four. At the chunk's borders it is the product of state and gradient, and
+    from step to step it changes by what is written, k dk + b db, less what is read, r dr and a da, the latter before
+    the decay. Of the sums from either border each step takes a share by its nearness: their errors are apart, and grow
+    with the distance. Forwards stores its part of that in `sums`; backwards adds the other.
     """
     head, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     first = chunk * L
     start, own_start = _row(head, first, T, H, N), _own_row(head, first, T, N)
-    keys = tl.arange(0, KEYS)
+    count = tl.minimum(T - first, L)
     rk, rb = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
     ak, ab = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
-    r_grad, a_grad = tl.zeros((L, KEYS), tl.float32), tl.zeros((L, KEYS), tl.float32)
-    dlog_decay = tl.zeros((KEYS,), tl.float32)
     for value in range(0, N, VALUES):
         values = value + tl.arange(0, VALUES)
         inside, at, own_at = _inside(first, values, T, N, L), _at(values, H * N, L), _at(values, N, L)
         dy_tile, z_tile = _load(dy + start, at, inside), _load(z + own_start, own_at, inside)
-        v_tile, u_tile = _load(v + start, at, inside), _load(u + own_start, own_at, inside)
-        rk = tl.dot(dy_tile, tl.trans(v_tile), rk, input_precision=PRECISION)
-        ak = tl.dot(z_tile, tl.trans(v_tile), ak, input_precision=PRECISION)
-        rb = tl.dot(dy_tile, tl.trans(u_tile), rb, input_precision=PRECISION)
-        ab = tl.dot(z_tile, tl.trans(u_tile), ab, input_precision=PRECISION)
-        square, in_square = _square(chunk + 1 if REVERSE else chunk, heads, head, values, keys, N)
-        state = tl.load((grads if REVERSE else states) + square, mask=in_square, other=0.0)
-        r_grad = tl.dot(dy_tile, state, r_grad, input_precision=PRECISION)
-        a_grad = tl.dot(z_tile, state, a_grad, input_precision=PRECISION)
-        if REVERSE:
-            dlog_decay += tl.sum(tl.load(states + square, mask=in_square, other=0.0) * state, 0)
-
-    inside, at, own_at = _inside(first, keys, T, N, L), _at(keys, H * N, L), _at(keys, N, L)
-    c += own_start
-    count = tl.minimum(T - first, L)
-    until, before = _load(c, own_at, inside), _before(c, own_at, inside, N, L)
-    end, middle = _last(c, count, keys, N), _last(c, tl.minimum(count, L // 2), keys, N)
-    of_a, of_b = (until, before) if REVERSE else (before, until)
-    k_tile = _load(k + start, at, inside) * _from_middle(until, middle, REVERSE)
+        v_tile, u_tile = tl.trans(_load(v + start, at, inside)), tl.trans(_load(u + own_start, own_at, inside))
+        rk = tl.dot(dy_tile, v_tile, rk, input_precision=PRECISION)
+        ak = tl.dot(z_tile, v_tile, ak, input_precision=PRECISION)
+        rb = tl.dot(dy_tile, u_tile, rb, input_precision=PRECISION)
+        ab = tl.dot(z_tile, u_tile, ab, input_precision=PRECISION)
     rk, ak = tl.where(_pairs(L, REVERSE, True), rk, 0.0), tl.where(_pairs(L, REVERSE, REVERSE), ak, 0.0)
-    r_pairs, a_pairs = tl.dot(rk, k_tile, input_precision=PRECISION), tl.dot(ak, k_tile, input_precision=PRECISION)
-    b_tile = _load(b + start, at, inside) * _from_middle(of_b, middle, REVERSE)
     rb, ab = tl.where(_pairs(L, REVERSE, not REVERSE), rb, 0.0), tl.where(_pairs(L, REVERSE, False), ab, 0.0)
-    r_pairs = tl.dot(rb, b_tile, r_pairs, input_precision=PRECISION)
-    a_pairs = tl.dot(ab, b_tile, a_pairs, input_precision=PRECISION)
-    r_grad = r_grad * _to_border(until, end, not REVERSE) + r_pairs * _from_middle(until, middle, not REVERSE)
-    a_grad = a_grad * _to_border(of_a, end, not REVERSE) + a_pairs * _from_middle(of_a, middle, not REVERSE)
-    _store(dr + start, at, inside, r_grad)
-    _store(da + start, at, inside, a_grad)
+    for key in range(0, N, KEYS):
+        keys = key + tl.arange(0, KEYS)
+        r_grad, a_grad = tl.zeros((L, KEYS), tl.float32), tl.zeros((L, KEYS), tl.float32)
+        border = tl.zeros((KEYS,), tl.float32)
+        for value in range(0, N, VALUES):
+            values = value + tl.arange(0, VALUES)
+            inside = _inside(first, values, T, N, L)
+            square, in_square = _square(chunk + 1 if REVERSE else chunk, heads, head, values, keys, N)
+            state = tl.load(states + square, mask=in_square, other=0.0)
+            r_grad = tl.dot(_load(dy + start, _at(values, H * N, L), inside), state, r_grad, input_precision=PRECISION)
+            a_grad = tl.dot(_load(z + own_start, _at(values, N, L), inside), state, a_grad, input_precision=PRECISION)
+            border += tl.sum(tl.load(grads + square, mask=in_square, other=0.0) * state, 0)
 
-    r_grad *= _load(r + start, at, inside)
-    a_grad *= _load(a + start, at, inside)
-    behind = tl.cumsum(r_grad + a_grad, 0, reverse=True)
-    if REVERSE:
-        raw = _load(w + start, at, inside)
-        # sigmoid(-w) rather than 1 - sigmoid(w), which has no correct digit left at w = 17
-        slope = _LOG_DECAY_MIN * tl.sigmoid(raw) * tl.sigmoid(-raw)
-        dlog_decay = dlog_decay[None, :] + (_load(sums + own_start, own_at, inside) - behind)
-        _store(dw + start, at, inside, dlog_decay * slope)
-    else:
-        _store(sums + own_start, own_at, inside, behind - a_grad)
+        inside, at, own_at = _inside(first, keys, T, N, L), _at(keys, H * N, L), _at(keys, N, L)
+        until, before, end, middle = _decays(c + own_start, count, keys, N, L)
+        of_a, of_b = (until, before) if REVERSE else (before, until)
+        k_tile = _load(k + start, at, inside) * _from_middle(until, middle, REVERSE)
+        r_pairs = tl.dot(rk, k_tile, input_precision=PRECISION)
+        a_pairs = tl.dot(ak, k_tile, input_precision=PRECISION)
+        b_tile = _load(b + start, at, inside) * _from_middle(of_b, middle, REVERSE)
+        r_pairs = tl.dot(rb, b_tile, r_pairs, input_precision=PRECISION)
+        a_pairs = tl.dot(ab, b_tile, a_pairs, input_precision=PRECISION)
+        r_grad = r_grad * _to_border(until, end, not REVERSE) + r_pairs * _from_middle(until, middle, not REVERSE)
+        a_grad = a_grad * _to_border(of_a, end, not REVERSE) + a_pairs * _from_middle(of_a, middle, not REVERSE)
+        _store(dr + start, at, inside, r_grad)
+        _store(da + start, at, inside, a_grad)
+
+        r_grad *= _load(r + start, at, inside)
+        a_grad *= _load(a + start, at, inside)
+        change = r_grad + a_grad
+        nearness = ((tl.arange(0, L) + 0.5) / L)[:, None]
+        shared = tl.cumsum(change, 0) - change - tl.sum(change, 0)[None, :] * nearness
+        if REVERSE:
+            dlog_decay = _load(sums + own_start, own_at, inside) + shared + border[None, :] * nearness
+            raw = _load(w + start, at, inside)
+            # sigmoid(-w) rather than 1 - sigmoid(w), which has no correct digit left at w = 17
+            _store(dw + start, at, inside, dlog_decay * _LOG_DECAY_MIN * tl.sigmoid(raw) * tl.sigmoid(-raw))
+        else:
+            _store(sums + own_start, own_at, inside, border[None, :] * (1 - nearness) - shared - a_grad)
 
 
 def kept(steps: int, state: Tensor) -> Tensor:
@@ -352,7 +368,7 @@ def backward(
         sums = torch.empty_like(c)
         start = _each_chunk(_gradients, r, constants)
         start(states, grads, r, a, k, b, dy, z, v, u, c, w, sums, dr, da, dw, REVERSE=False)
-        start(states, grads, k, b, r, a, v, u, dy, z, c, w, sums, dk, db, dw, REVERSE=True)
+        start(grads, states, k, b, r, a, v, u, dy, z, c, w, sums, dk, db, dw, REVERSE=True)
     dstate = grads[0].view(dfinal.shape).to(dfinal.dtype, copy=True)
     return *(x.to(dtype) for x, dtype in zip((dr, dw, dk, dv, da, db), dtypes, strict=True)), dstate
 
@@ -364,14 +380,16 @@ def sizes(size: int, dtype: torch.dtype) -> dict[str, Any]:
     With 16 bits to an input, tensor cores round less than the inputs were, and longer chunks keep them busier.
     """
     exact = dtype == torch.float32
-    keys = max(16, triton.next_power_of_2(size))
-    return {
-        "N": size,
-        "KEYS": keys,
-        "VALUES": min(64, keys, max(16, 4096 // keys)),  # a state of at most 16 KB, a quarter of 4 warps' registers
-        "L": 16 if exact or keys > 128 else 32,
-        "PRECISION": "ieee" if exact or torch.version.hip else "tf32",
-    }
+    block = min(32 if exact else 64, max(16, triton.next_power_of_2(size)))
+    precision = "ieee" if exact or torch.version.hip else "tf32"
+    return {"N": size, "KEYS": block, "VALUES": block, "L": 16 if exact else 32, "PRECISION": precision}
+
+
+def scan_sizes(constants: dict[str, Any]) -> dict[str, Any]:
+    """Those of `_scan`, whose tile of states has all keys: at most 16 KB of float32, a quarter of 4 warps' registers."""
+    keys = max(16, triton.next_power_of_2(constants["N"]))
+    warps = 4 if keys <= 64 else 8
+    return constants | {"KEYS": keys, "VALUES": min(keys, 32 if keys <= 128 else 16), "num_warps": warps, "num_stages": 2}
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -410,7 +428,7 @@ def _pass(
     _each_chunk(_prepare, a, constants)(a, b, k, v, w, c, by_state, u, REVERSE=reverse)
     segments = starts.numel() // states[0].numel()
     many = KEPT // constants["L"] if segments > 1 else chunks
-    constants = constants | {"VALUES": min(constants["VALUES"], 32)}
+    constants = scan_sizes(constants)
     _scan[(triton.cdiv(size, constants["VALUES"]) * rows * segments,)](
         starts, states, to_keep, k, b, v, c, by_state, u, steps, heads, rows, chunks, many,
         **constants, REVERSE=reverse, KEEP=to_keep.numel() > 0,

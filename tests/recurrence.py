@@ -227,7 +227,7 @@ class Contract:
         y, final, kept = self.module._implementation(where.form).forward(*xs, True)
         self.module._implementation(where.form).backward(*xs[:-1], kept, y.clone(), final.clone())
         monkeypatch.undo()
-        assert check() >= len(xs) + 3
+        assert check() >= 6
 
     def test_its_inputs_are_left_as_they_were(self, where):
         xs = self.draw(2, 21, device=where.device)
@@ -271,7 +271,7 @@ class Contract:
 
     def test_what_can_not_work_is_refused(self):
         xs = self.draw(1, 4)
-        for form in ("cuda", "triton", "fla") if not torch.cuda.is_available() else ():
+        for form in ("cuda", "triton") if not torch.cuda.is_available() else ():
             with pytest.raises(ValueError, match=f"op='{form}' for torch.float32 on cpu; .*; or say op='auto'"):
                 self.op(*xs, op=form)
         with pytest.raises(ValueError, match=r"op='cpu' for torch\.float64 on cpu; it works on float32 and bfloat16"):

@@ -1,4 +1,4 @@
-// The parts of RWKV-7's time mixing before and after the recurrence, and of its channel mixing between the matrices.
+// The parts of RWKV-7's time mixing before and after the recurrence.
 
 #include <type_traits>
 
@@ -252,17 +252,5 @@ extern "C" void rwkv_readout7_backward(const ReadoutBackward* f) {
                                      sums ? sums + 2 * width + p : nullptr);
             });
         });
-    });
-}
-
-struct Values {
-    void* x;
-    int64_t size, is_bf16, threads;
-};
-
-extern "C" void rwkv_relu_squared(const Values* f) {
-    with_type(f->is_bf16, f->x, [&](auto* x) {
-#pragma omp parallel for num_threads(crew(f->threads, f->size)) schedule(static)
-        for (int64_t i = 0; i < f->size; i += WIDTH) store(x + i, relu_squared(load(x + i, f->size - i)), f->size - i);
     });
 }

@@ -12,15 +12,16 @@ struct Statistics {
     float mean, scale;
 };
 
-// x (B, T, C); last, final (B, C): the token before the first, and the last one, normed; z: up to 6 of (B, T, C): all of one
-// type. statistics (B, T) or null. mu: as many as z, of C values, weight and bias C values or null for no norm: all of one type.
+// x (B, T, C); last, final (B, C): the token before the first, and the last one, normed: all of one type. z: up to 6 of
+// (B, T, C), of one type. statistics (B, T) or null. mu: as many as z, of C values, weight and bias C values or null for no norm:
+// all of one type.
 struct Mix {
     const void *x, *last;
     void *z[MOST], *final;
     Statistics* statistics;
     const void *mu[MOST], *weight, *bias;
     double epsilon;
-    int64_t mixes, batch, steps, size, x_is_bf16, p_is_bf16, threads;
+    int64_t mixes, batch, steps, size, x_is_bf16, z_is_bf16, p_is_bf16, threads;
 };
 
 // All as above; the gradients of parameters in float32, dmus (mixes, C), or null where they are not wanted.
@@ -30,7 +31,7 @@ struct MixBackward {
     const void *mu[MOST], *weight, *bias;
     void *dx, *dlast;
     float *dmus, *dweight, *dbias;
-    int64_t mixes, batch, steps, size, x_is_bf16, p_is_bf16, threads;
+    int64_t mixes, batch, steps, size, x_is_bf16, z_is_bf16, p_is_bf16, threads;
 };
 
 namespace {
@@ -58,12 +59,15 @@ APART Statistics read(const X* x, int64_t size, float epsilon, float* y) {
     return {mean, 1 / std::sqrt(sum(total) / size + epsilon)};
 }
 
-template <typename X, typename P>
-void mix_all(const Mix& f, const X* x, const P* const* mu) {
+template <typename X, typename Z, typename P>
+void mix_all(const Mix& f, const X* x, const Z*, const P*) {
     const int64_t size = f.size, padded = round_up(size), blocks = (f.steps + TOKENS - 1) / TOKENS;
     const P *const weight = static_cast<const P*>(f.weight), *const bias = static_cast<const P*>(f.bias);
     const X* const last = static_cast<const X*>(f.last);
     X* const final = static_cast<X*>(f.final);
+    Z* z[MOST];
+    const P* mu[MOST];
+    for (int64_t m = 0; m < f.mixes; m++) z[m] = static_cast<Z*>(f.z[m]), mu[m] = static_cast<const P*>(f.mu[m]);
     const auto copy = [&](const X* row, float* to) {
         for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(row + i, size - i));
     };
@@ -90,7 +94,7 @@ void mix_all(const Mix& f, const X* x, const P* const* mu) {
             for (int64_t i = 0; i < size; i += WIDTH) {
                 const floats value = load(now + i), change = load(before + i) - value;
                 for (int64_t m = 0; m < f.mixes; m++)
-                    store(static_cast<X*>(f.z[m]) + row * size + i, value + change * load(mu[m] + i, size - i), size - i);
+                    store(z[m] + row * size + i, value + change * load(mu[m] + i, size - i), size - i);
             }
         }
         if (end == f.steps)
@@ -100,14 +104,15 @@ void mix_all(const Mix& f, const X* x, const P* const* mu) {
 
 INLINE void add(float* to, floats x) { store(to, load(to) + x); }
 
-template <typename X, typename P>
-void mix_backward_all(const MixBackward& f, const X* x, const P* const* mu) {
+template <typename X, typename Z, typename P>
+void mix_backward_all(const MixBackward& f, const X* x, const Z*, const P*) {
     const int64_t size = f.size, padded = round_up(size), blocks = (f.steps + TOKENS - 1) / TOKENS;
     const P *const weight = static_cast<const P*>(f.weight), *const bias = static_cast<const P*>(f.bias);
     const X *const last = static_cast<const X*>(f.last), *const dfinal = static_cast<const X*>(f.dfinal);
     X *const dx = static_cast<X*>(f.dx), *const dlast = static_cast<X*>(f.dlast);
-    const X* dz[MOST];
-    for (int64_t m = 0; m < MOST; m++) dz[m] = static_cast<const X*>(f.dz[m]);
+    const Z* dz[MOST];
+    const P* mu[MOST];
+    for (int64_t m = 0; m < f.mixes; m++) dz[m] = static_cast<const Z*>(f.dz[m]), mu[m] = static_cast<const P*>(f.mu[m]);
     // rows of sums: the mixes', then the weight's and the bias's
     const int64_t of_mus = f.dmus ? f.mixes : 0, sums = of_mus + (f.dweight ? 2 : 0);
     const int64_t items = f.batch * blocks, parts = sums ? std::min(PARTS, items) : items;
@@ -196,13 +201,13 @@ void mix_backward_all(const MixBackward& f, const X* x, const P* const* mu) {
     }
 }
 
+// Calls run with pointers of the types of x, the mixes and the parameters. No mix is wider than x.
 template <typename F, typename G>
-void by_type(const F& f, G run) {
+void by_type(const F& f, const void* z, G run) {
     with_type(f.x_is_bf16, f.x, [&](auto* x) {
-        with_type(f.p_is_bf16, f.mu[0], [&](auto* first) {
-            decltype(first) mu[MOST];
-            for (int64_t m = 0; m < MOST; m++) mu[m] = static_cast<decltype(first)>(f.mu[m]);
-            run(x, mu);
+        with_type(f.z_is_bf16, z, [&](auto* mixed) {
+            if constexpr (sizeof(*mixed) <= sizeof(*x))
+                with_type(f.p_is_bf16, f.mu[0], [&](auto* parameter) { run(x, mixed, parameter); });
         });
     });
 }
@@ -210,9 +215,9 @@ void by_type(const F& f, G run) {
 }  // namespace
 
 extern "C" void rwkv_mix(const Mix* f) {
-    by_type(*f, [&](auto* x, auto* mu) { mix_all(*f, x, mu); });
+    by_type(*f, f->z[0], [&](auto* x, auto* z, auto* mu) { mix_all(*f, x, z, mu); });
 }
 
 extern "C" void rwkv_mix_backward(const MixBackward* f) {
-    by_type(*f, [&](auto* x, auto* mu) { mix_backward_all(*f, x, mu); });
+    by_type(*f, f->dz[0], [&](auto* x, auto* z, auto* mu) { mix_backward_all(*f, x, z, mu); });
 }

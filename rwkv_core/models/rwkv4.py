@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.channel_mix import relu_squared
 from kernels.choice import Op
+from kernels.token_shift import Norm, mix
 from kernels.wkv4 import NOTHING, wkv4
 from rwkv_core.models.initial import depth, orthogonal, put, ramp, token_shift
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
 
 
 class TimeMix(nn.Module):
@@ -29,13 +31,14 @@ class TimeMix(nn.Module):
         self.key, self.value, self.receptance = (Linear(s.n_embd, s.dim_att) for _ in range(3))
         self.output = Linear(s.dim_att, s.n_embd)
 
-    def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
-        """(B, T, C), None, shift and WKV state -> output, None, WKV state."""
-        before = shift(x, last)
-        delta = x - before
-        xk, xv, xr = (before + delta * mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r))
+    def forward(
+        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor
+    ) -> tuple[Tensor, None, Tensor, Tensor]:
+        """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
+        mus = [1 - own for own in (self.time_mix_k, self.time_mix_v, self.time_mix_r)]
+        (xk, xv, xr), last = mix(x, last, mus, norm, op=self.op)
         y, state = wkv4(self.key(xk), self.value(xv), self.time_decay, self.time_first, state, op=self.op)
-        return self.output(torch.sigmoid(self.receptance(xr)) * y), v_first, state
+        return self.output(torch.sigmoid(self.receptance(xr)) * y), v_first, last, state
 
 
 class ChannelMix(nn.Module):
@@ -43,19 +46,17 @@ class ChannelMix(nn.Module):
 
     def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
+        self.op = op
         self.time_mix_k, self.time_mix_r = vector(s.n_embd), vector(s.n_embd)
         self.key = Linear(s.n_embd, s.dim_ffn)
         self.receptance = Linear(s.n_embd, s.n_embd)
         self.value = Linear(s.dim_ffn, s.n_embd)
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        """(B, T, C) and the shift state -> (B, T, C)."""
-        before = shift(x, last)
-        delta = x - before
-        hidden: Tensor = self.key(before + delta * self.time_mix_k)
-        gate = torch.sigmoid(self.receptance(before + delta * self.time_mix_r))
-        output: Tensor = gate * self.value(torch.relu(hidden) ** 2)
-        return output
+    def forward(self, x: Tensor, norm: Norm, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C), its norm and the shift state -> (B, T, C) and the shift state."""
+        (xk, xr), last = mix(x, last, (1 - self.time_mix_k, 1 - self.time_mix_r), norm, op=self.op)
+        gate = torch.sigmoid(self.receptance(xr))
+        return gate * self.value(relu_squared(self.key(xk), op=self.op)), last
 
 
 class RWKV4(RWKV):

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choice import Op
+from kernels.token_shift import Norm, mix
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put, token_shift
 from rwkv_core.models.rwkv4 import ChannelMix
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TimeMix(nn.Module):
 
     def __init__(self, s: Shape5, layer: int, op: Op) -> None:
         super().__init__()
-        self.head_size, self.op = s.head_size, op
+        self.head_size, self.gated, self.op = s.head_size, s.gated, op
         heads = s.dim_att // s.head_size
         size = (heads, s.head_size) if s.by_channel else (heads,)
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (vector(s.n_embd) for _ in range(3))
@@ -59,18 +60,19 @@ class TimeMix(nn.Module):
             self.gate = Linear(s.n_embd, s.dim_att)
         self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
 
-    def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
-        """(B, T, C), None, shift and WKV state -> output, None, WKV state."""
+    def forward(
+        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor
+    ) -> tuple[Tensor, None, Tensor, Tensor]:
+        """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
         batch, time, _ = x.shape
-        before = shift(x, last)
-        delta = x - before
-        xk, xv, xr = (before + delta * mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r))
+        own = (self.time_mix_k, self.time_mix_v, self.time_mix_r, *((self.time_mix_g,) if self.gated else ()))
+        (xk, xv, xr, *xg), last = mix(x, last, [1 - mu for mu in own], norm, op=self.op)
         r, k, v = (z.view(batch, time, -1, self.head_size) for z in (self.receptance(xr), self.key(xk), self.value(xv)))
         y, state = wkv6(r, k, v, self._by_channel(self.time_decay).expand_as(r), self._bonus(), state, op=self.op)
         y = self.ln_x(y.reshape(batch * time, -1)).view(batch, time, -1)
-        if hasattr(self, "gate"):
-            y = y * F.silu(self.gate(before + delta * self.time_mix_g))
-        return self.output(y), v_first, state
+        if self.gated:
+            y = y * F.silu(self.gate(*xg))
+        return self.output(y), v_first, last, state
 
     def _by_channel(self, x: Tensor) -> Tensor:
         """(H,) or (H, N) -> (H, N)."""

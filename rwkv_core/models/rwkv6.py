@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.channel_mix import relu_squared
 from kernels.choice import Op
+from kernels.token_shift import Norm, mix
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, shift, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,20 @@ class TimeMix(nn.Module):
         self.gate = Linear(c, s.dim_att)
         self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
 
-    def forward(self, x: Tensor, v_first: None, last: Tensor, state: Tensor) -> tuple[Tensor, None, Tensor]:
-        """(B, T, C), None, shift and WKV state -> output, None, WKV state."""
+    def forward(
+        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor
+    ) -> tuple[Tensor, None, Tensor, Tensor]:
+        """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
         batch, time, c = x.shape
-        delta = shift(x, last) - x
+        own, other = torch.zeros_like(self.time_maa_x), torch.ones_like(self.time_maa_x)
+        with torch.autocast(x.device.type, enabled=False):  # x is not for a matrix yet: it keeps its precision
+            (x, before, xx), last = mix(x, last, (own, other, self.time_maa_x), norm, op=self.op)
+        delta = before - x
         # how far each of five inputs moves towards the token before: a fixed part and one that depends on the data
-        hidden = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).view(batch * time, 5, -1)
+        hidden = torch.tanh(xx @ self.time_maa_w1).view(batch * time, 5, -1)
         moves = torch.bmm(hidden.transpose(0, 1), self.time_maa_w2).view(5, batch, time, c)
         fixed = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        xw, xk, xv, xr, xg = (x + delta * (mix + move) for mix, move in zip(fixed, moves, strict=True))
+        xw, xk, xv, xr, xg = (torch.addcmul(x, delta, mu + move) for mu, move in zip(fixed, moves, strict=True))
 
         w_raw = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         r, k, v, w_raw = (
@@ -66,7 +73,7 @@ class TimeMix(nn.Module):
         )
         y, state = wkv6(r, k, v, w_raw, self.time_faaaa, state, op=self.op)
         y = self.ln_x(y.reshape(batch * time, -1)).view(batch, time, -1)
-        return self.output(y * F.silu(self.gate(xg))), v_first, state
+        return self.output(y * F.silu(self.gate(xg))), v_first, last, state
 
 
 class ChannelMix(nn.Module):
@@ -74,18 +81,17 @@ class ChannelMix(nn.Module):
 
     def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
+        self.op = op
         self.time_maa_k, self.time_maa_r = vector(s.n_embd), vector(s.n_embd)
         self.key = Linear(s.n_embd, s.dim_ffn)
         self.receptance = Linear(s.n_embd, s.n_embd)
         self.value = Linear(s.dim_ffn, s.n_embd)
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        """(B, T, C) and the shift state -> (B, T, C)."""
-        delta = shift(x, last) - x
-        hidden: Tensor = self.key(x + delta * self.time_maa_k)
-        gate = torch.sigmoid(self.receptance(x + delta * self.time_maa_r))
-        output: Tensor = gate * self.value(torch.relu(hidden) ** 2)
-        return output
+    def forward(self, x: Tensor, norm: Norm, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C), its norm and the shift state -> (B, T, C) and the shift state."""
+        (xk, xr), last = mix(x, last, (self.time_maa_k, self.time_maa_r), norm, op=self.op)
+        gate = torch.sigmoid(self.receptance(xr))
+        return gate * self.value(relu_squared(self.key(xk), op=self.op)), last
 
 
 class RWKV6(RWKV):
@@ -129,13 +135,13 @@ class RWKV6(RWKV):
         att, ffn, s = block.att, block.ffn, self.config
         deep, fade = depth(layer, s.n_layer)
         at = position(s.n_embd)
-        for mix in (att.time_maa_x, att.time_maa_w, att.time_maa_k):
-            put(mix, 1 - at**fade)
+        for mu in (att.time_maa_x, att.time_maa_w, att.time_maa_k):
+            put(mu, 1 - at**fade)
         put(att.time_maa_v, 1 - (at**fade + 0.3 * deep))
-        for mix in (att.time_maa_r, att.time_maa_g):
-            put(mix, 1 - at ** (0.5 * fade))
-        for mix in (ffn.time_maa_k, ffn.time_maa_r):
-            put(mix, 1 - at ** (fade**3))
+        for mu in (att.time_maa_r, att.time_maa_g):
+            put(mu, 1 - at ** (0.5 * fade))
+        for mu in (ffn.time_maa_k, ffn.time_maa_r):
+            put(mu, 1 - at ** (fade**3))
         decay_and_bonus(att, s, deep)
         for down, up in ((att.time_maa_w1, att.time_maa_w2), (att.time_decay_w1, att.time_decay_w2)):
             down.zero_()

@@ -6,18 +6,19 @@ Source: Peng et al. 2025, arXiv:2503.14456; initial values and learning-rate gro
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.block7 import Parameters, blocks
+from kernels.channel_mix import relu_squared
 from kernels.choice import Op, direct
-from kernels.linear import ROWS, low_rank, low_rank_reference
-from kernels.time_mix7 import prepare, prepare_reference, readout, readout_reference, relu_squared
-from kernels.token_shift import mix, mix_reference
+from kernels.linear import ROWS, low_rank
+from kernels.time_mix7 import prepare, readout
+from kernels.token_shift import Norm, mix
 from kernels.wkv7 import wkv7
 from rwkv_core.models.initial import depth, orthogonal, position, put, ramp
 from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
@@ -37,27 +38,12 @@ class Shape7(Shape):
     """Whether blocks.0.att has v0, v1, v2. They are never used, and kept."""
 
 
-class Parts(NamedTuple):
-    """What surrounds the recurrence: compiled where nobody asks for gradients, or torch alone."""
-
-    mix: Callable[..., tuple[tuple[Tensor, ...], Tensor]]
-    low_rank: Callable[..., Tensor]
-    prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    readout: Callable[..., Tensor]
-    relu_squared: Callable[[Tensor], Tensor]
-
-
-COMPILED = Parts(mix, low_rank, prepare, readout, relu_squared)
-PLAIN = Parts(mix_reference, low_rank_reference, prepare_reference, readout_reference, lambda x: torch.relu(x) ** 2)
-
-
 class TimeMix(nn.Module):
     """Attention's place: reads the past through the WKV state."""
 
     def __init__(self, s: Shape7, layer: int, op: Op) -> None:
         super().__init__()
         self.head_size, self.op = s.head_size, op
-        self.parts = COMPILED if op in ("auto", "cpu") else PLAIN
         c, heads = s.n_embd, s.n_embd // s.head_size
 
         def pair(rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -79,23 +65,24 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.output = (Linear(c, c) for _ in range(4))
         self.ln_x = nn.GroupNorm(heads, c, eps=s.group_norm_eps)
 
-    def forward(self, x: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C), the value of layer 0 (None in layer 0), shift and WKV state -> output, that value, WKV state."""
+    def forward(
+        self, x: Tensor, norm: Norm, v_first: Tensor | None, last: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, T, C), its norm, layer 0's value (None in layer 0), shift and WKV state -> output, that value, both states."""
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        (xr, xw, xk, xv, xa, xg), _ = self.parts.mix(x, last, mixes)
+        (xr, xw, xk, xv, xa, xg), last = mix(x, last, mixes, norm, op=self.op)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        low_rank = self.parts.low_rank
         w_raw = low_rank(xw, self.w1, self.w2, self.w0, "tanh")
         a_raw = low_rank(xa, self.a1, self.a2, self.a0)  # in-context learning rate
         g = low_rank(xg, self.g1, self.g2, None, "sigmoid")
         share = None if v_first is None else low_rank(xv, self.v1, self.v2, self.v0)  # of the value of layer 0
         first = v if v_first is None else v_first
-        k, v, a, b = self.parts.prepare(k, v, v_first, a_raw, share, self.k_k, self.k_a, self.head_size)
+        k, v, a, b = prepare(k, v, v_first, a_raw, share, self.k_k, self.k_a, self.head_size, op=self.op)
         r, w_raw = (z.unflatten(-1, (-1, self.head_size)) for z in (r, w_raw))
         y, state = wkv7(r, w_raw, k, v, a, b, state, op=self.op)
-        norm = self.ln_x
-        read = self.parts.readout(y, r, k, v, g, norm.weight, norm.bias, self.r_k, norm.eps)
-        return self.output(read), first, state
+        ln = self.ln_x
+        read = readout(y, r, k, v, g, ln.weight, ln.bias, self.r_k, ln.eps, op=self.op)
+        return self.output(read), first, last, state
 
 
 class ChannelMix(nn.Module):
@@ -103,16 +90,15 @@ class ChannelMix(nn.Module):
 
     def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
-        self.parts = COMPILED if op in ("auto", "cpu") else PLAIN
+        self.op = op
         self.x_k = vector(s.n_embd)
         self.key = Linear(s.n_embd, s.dim_ffn)
         self.value = Linear(s.dim_ffn, s.n_embd)
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        """(B, T, C) and the shift state -> (B, T, C)."""
-        (mixed,), _ = self.parts.mix(x, last, (self.x_k,))
-        output: Tensor = self.value(self.parts.relu_squared(self.key(mixed)))
-        return output
+    def forward(self, x: Tensor, norm: Norm, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C), its norm and the shift state -> (B, T, C) and the shift state."""
+        (mixed,), last = mix(x, last, (self.x_k,), norm, op=self.op)
+        return self.value(relu_squared(self.key(mixed), op=self.op)), last
 
 
 class WholeModel:
@@ -159,7 +145,12 @@ class RWKV7(RWKV):
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `RWKV.features`. One token of a few sequences is one call of compiled code."""
         few = tokens.shape[1] == 1 and len(tokens) <= ROWS
-        if not few or torch.is_grad_enabled() or self._op not in ("auto", "cpu") or not direct("block7", self.emb.weight):
+        if (
+            not few
+            or torch.is_grad_enabled()
+            or self._op not in ("auto", "cpu")
+            or not direct("block7", self.emb.weight)
+        ):
             return super().features(tokens, state)
         if self._whole is None or not self._whole.holds():
             self._whole = WholeModel(self, list(self.blocks))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels.choice import Op
 from kernels.linear import linear
+from kernels.token_shift import Norm
 from rwkv_core.models.state import BlockState, State
 
 
@@ -45,11 +46,6 @@ class Shape:
         return 1e-5 * self.head_size_divisor**2
 
 
-def shift(x: Tensor, last: Tensor) -> Tensor:
-    """The token before each: (B, T, C), with `last` (B, C) before the first."""
-    return torch.cat((last[:, None], x[:, :-1]), 1)
-
-
 class Linear(nn.Linear):
     """y = x W'. A few rows, as of one token, go through it at the speed of memory; see `kernels.linear`."""
 
@@ -67,7 +63,7 @@ def vector(channels: int) -> nn.Parameter:
 
 
 class Block(nn.Module):
-    """Time mixing, then channel mixing, each on a residual branch."""
+    """Time mixing, then channel mixing, each on a residual branch. Each does its layer norm itself, on the way to its mixes."""
 
     def __init__(self, shape: Shape, layer: int, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
@@ -81,21 +77,23 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C); also RWKV-7's value of layer 0, and the state after the last token."""
         if self.layer == 0:
             x = self.ln0(x)
-        z = self.ln1(x)
-        mixed, v_first, wkv = self.att(z, v_first, state.att_shift, state.wkv)
+        mixed, v_first, att_shift, wkv = self.att(x, _norm(self.ln1), v_first, state.att_shift, state.wkv)
         x = x + mixed
-        zz = self.ln2(x)
-        x = x + self.ffn(zz, state.ffn_shift)
-        return x, v_first, BlockState(z[:, -1], wkv, zz[:, -1])
+        mixed, ffn_shift = self.ffn(x, _norm(self.ln2), state.ffn_shift)
+        return x + mixed, v_first, BlockState(att_shift, wkv, ffn_shift)
+
+
+def _norm(ln: nn.LayerNorm) -> Norm:
+    return Norm(ln.weight, ln.bias, ln.eps)
 
 
 class RWKV(nn.Module, ABC):
     """The whole model. Each version is a subclass."""
 
     time_mix: ClassVar[Any]
-    """Of a block: made from (shape, layer, op); (z, v_first, shift, wkv) -> (output, v_first, wkv)."""
+    """Of a block: made from (shape, layer, op); (x, norm, v_first, shift, wkv) -> (output, v_first, shift, wkv)."""
     channel_mix: ClassVar[Any]
-    """Of a block: made from (shape, layer, op); (z, shift) -> output."""
+    """Of a block: made from (shape, layer, op); (x, norm, shift) -> (output, shift)."""
     rates: ClassVar[Mapping[str, float]]
     """Ends of parameter names, and how many times the learning rate of the others they learn with in full training."""
 

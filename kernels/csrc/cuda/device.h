@@ -5,7 +5,7 @@
 //   SHARED(type, name, count);       instead of  __shared__ type name[count];
 //   DYNAMIC_SHARED(type, name);      instead of  extern __shared__ type name[];     aligned to 128 bytes
 //   LAUNCH(kernel<...>, grid, block, shared_bytes, stream, arguments...)            an int: 0, or the error for rwkv_error_string
-//   fast_exp, fast_divide; bf16, to_float, to_bf16; to_tf32; mma_bf16, mma_tf32, ldmatrix; cp_async, cp_async_commit, cp_async_wait
+//   fast_exp, fast_exp2, fast_reciprocal; bf16, to_float, to_bf16; to_tf32; mma_bf16, mma_tf32, ldmatrix, ldmatrix_turned; cp_async, cp_async_commit, cp_async_wait
 // Each source includes this once and is a library of its own.
 //
 // The stand-in runs blocks one after another and a block's threads as fibers, each on a stack of its own until it waits for others.
@@ -36,6 +36,7 @@ struct bf16 {
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define DYNAMIC_SHARED(type, name)                                \
     extern __shared__ __align__(128) unsigned char rwkv_shared[]; \
@@ -54,9 +55,18 @@ int rwkv_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, int6
     return int(cudaGetLastError());
 }
 
-// In two instructions, to a relative error of 2^-21 + |x| 2^-24.
-DEVICE float fast_exp(float x) { return __expf(x); }
-DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }  // 0 where y is beyond 2^126
+// Approximations in one instruction: 2^x and 1/x, to a relative error of 2^-22. What is below 2^-126 counts as 0.
+DEVICE float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float fast_exp(float x) { return fast_exp2(x * 1.4426950408889634f); }
 
 DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 
@@ -94,6 +104,14 @@ DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 // i % 4 of row i / 4 of each tile.
 DEVICE void ldmatrix(uint32_t (&x)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
+// The same of numbers of 2 bytes, each tile transposed: numbers i % 4 * 2 and the next of column i / 4.
+DEVICE void ldmatrix_turned(uint32_t (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(uint32_t(__cvta_generic_to_shared(row)))
                  : "memory");
@@ -137,6 +155,7 @@ DEVICE void cp_async_wait() {
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define DEVICE inline
+#define UNROLL
 #define SHARED(type, name, count)        \
     alignas(16) static type name[count]; \
     static int64_t name##_block = -1;    \
@@ -336,8 +355,9 @@ using std::max, std::min;
 
 static inline float __uint_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t __float_as_uint(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float fast_exp2(float x) { return std::exp2(x); }
+static inline float fast_reciprocal(float x) { return 1 / x; }
 static inline float fast_exp(float x) { return std::exp(x); }
-static inline float fast_divide(float x, float y) { return x / y; }
 template <class T> T __ldg(const T* p) { return *p; }
 
 static inline void __syncthreads() { shim::wait(shim::AT_BARRIER); }
@@ -367,16 +387,23 @@ static inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_
 static inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     shim::mma<1>("mma_tf32", d, a, b, [](uint32_t x, int) { return __uint_as_float(x & ~0x1fffu); });
 }
-static inline void ldmatrix(uint32_t (&x)[4], const void* row) {
+template <bool TURNED>
+void load_matrices(uint32_t (&x)[4], const void* row) {
     struct Lane { uint32_t* x; const void* row; } mine = {x, row};
     if (reinterpret_cast<uintptr_t>(row) % 16) shim::fail("ldmatrix from a row that is not aligned to 16 bytes");
     if (shim::count % 32) shim::fail("ldmatrix works for whole warps");
-    shim::together("ldmatrix", mine, [](Lane** all, int) {
+    shim::together(TURNED ? "ldmatrix_turned" : "ldmatrix", mine, [](Lane** all, int) {
+        auto number = [&](int i, int r, int c) { return uint32_t(static_cast<const uint16_t*>(all[8 * i + r]->row)[c]); };
         for (int lane = 0; lane < 32; lane++)
-            for (int i = 0; i < 4; i++)
-                all[lane]->x[i] = static_cast<const uint32_t*>(all[8 * i + lane / 4]->row)[lane % 4];
+            for (int i = 0; i < 4; i++) {
+                int far = lane / 4, near = lane % 4 * 2;
+                all[lane]->x[i] = TURNED ? number(i, near, far) | number(i, near + 1, far) << 16
+                                         : number(i, far, near) | number(i, far, near + 1) << 16;
+            }
     });
 }
+static inline void ldmatrix(uint32_t (&x)[4], const void* row) { load_matrices<false>(x, row); }
+static inline void ldmatrix_turned(uint32_t (&x)[4], const void* row) { load_matrices<true>(x, row); }
 
 template <int BYTES = 16>
 void cp_async(void* shared, const void* global, bool valid = true) {

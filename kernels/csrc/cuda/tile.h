@@ -30,18 +30,18 @@ template <bool EXACT>
 DEVICE void multiply(float (&d)[4], const Left& a, const Right& b) {
     uint32_t high_a[4], high_b[2];
     if constexpr (!EXACT) {
-        for (int i = 0; i < 4; i++) high_a[i] = __float_as_uint(a.x[i]);
-        for (int i = 0; i < 2; i++) high_b[i] = __float_as_uint(b.x[i]);
+        UNROLL for (int i = 0; i < 4; i++) high_a[i] = __float_as_uint(a.x[i]);
+        UNROLL for (int i = 0; i < 2; i++) high_b[i] = __float_as_uint(b.x[i]);
         mma_tf32(d, high_a, high_b);
     } else {
         uint32_t low_a[4], low_b[2];
-        for (int i = 0; i < 4; i++) high_a[i] = to_tf32(a.x[i]), low_a[i] = to_tf32(a.x[i] - __uint_as_float(high_a[i]));
-        for (int i = 0; i < 2; i++) high_b[i] = to_tf32(b.x[i]), low_b[i] = to_tf32(b.x[i] - __uint_as_float(high_b[i]));
+        UNROLL for (int i = 0; i < 4; i++) high_a[i] = to_tf32(a.x[i]), low_a[i] = to_tf32(a.x[i] - __uint_as_float(high_a[i]));
+        UNROLL for (int i = 0; i < 2; i++) high_b[i] = to_tf32(b.x[i]), low_b[i] = to_tf32(b.x[i] - __uint_as_float(high_b[i]));
         float sum[4] = {};
         mma_tf32(sum, low_a, high_b);
         mma_tf32(sum, high_a, low_b);
         mma_tf32(sum, high_a, high_b);
-        for (int i = 0; i < 4; i++) d[i] += sum[i];
+        UNROLL for (int i = 0; i < 4; i++) d[i] += sum[i];
     }
 }
 

@@ -47,7 +47,7 @@ constexpr int PARTS = sizeof(T) == 2 ? 1 : 2;
 
 // Two or four neighbours, as they lie in memory.
 template <class T, int COUNT>
-struct alignas(COUNT * sizeof(T)) __attribute__((may_alias)) Few {
+struct alignas(COUNT * sizeof(T)) [[gnu::may_alias]] Few {
     uint32_t words[COUNT * sizeof(T) / 4];
 };
 
@@ -61,61 +61,30 @@ DEVICE float number(const Few<bf16, COUNT>& few, int i) {
     return __uint_as_float(i % 2 ? few.words[i / 2] & 0xffff0000u : few.words[i / 2] << 16);
 }
 
-DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
-DEVICE uint32_t bits(bf16 x) { return x.bits; }
-
-// `vector`: COUNT divides the head size, so that they are aligned, and all or none are within it. Others are 0.
 template <int COUNT, class T>
-DEVICE Few<T, COUNT> load(const T* from, int within, bool vector) {
+DEVICE Few<T, COUNT> load(const T* from, bool there = true) {
     Few<T, COUNT> few = {};
-    if (vector) {
-        if (within > 0) few = *reinterpret_cast<const Few<T, COUNT>*>(from);
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (i < within) few.words[i * sizeof(T) / 4] |= bits(from[i]) << (8 * (i * sizeof(T) % 4));
-    }
+    if (there) few = *reinterpret_cast<const Few<T, COUNT>*>(from);
     return few;
 }
 
 template <int COUNT, class T>
-DEVICE void read(float (&x)[COUNT], const T* from, int within, bool vector) {
-    const Few<T, COUNT> few = load<COUNT>(from, within, vector);
+DEVICE void read(float (&x)[COUNT], const T* from, bool there = true) {
+    const Few<T, COUNT> few = load<COUNT>(from, there);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) x[i] = number(few, i);
 }
 
-template <int COUNT>
-DEVICE void store(float* to, const float (&x)[COUNT], int within, bool vector) {
-    Few<float, COUNT> few;
+template <class T, int COUNT>
+DEVICE void store(T* to, const float (&x)[COUNT], bool there = true) {
+    Few<T, COUNT> few;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        few.words[i] = bits(x[i]);
-        if (!vector && i < within) to[i] = x[i];
-    }
-    if (vector && within > 0) *reinterpret_cast<Few<float, COUNT>*>(to) = few;
-}
-
-template <int COUNT>
-DEVICE void store(bf16* to, const float (&x)[COUNT], int within, bool vector) {
-    Few<bf16, COUNT> few = {};
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        const bf16 y = to_bf16(x[i]);
-        few.words[i / 2] |= bits(y) << (16 * (i % 2));
-        if (!vector && i < within) to[i] = y;
-    }
-    if (vector && within > 0) *reinterpret_cast<Few<bf16, COUNT>*>(to) = few;
-}
-
-// Four numbers to shared memory, there after cp_async_wait.
-template <class T>
-DEVICE void copy(T* to, const T* from, int within, bool vector) {
-    if (vector)
-        cp_async<4 * sizeof(T)>(to, from, within > 0);
-    else
-#pragma unroll
-        for (int i = 0; i < 4; i++) to[i] = i < within ? from[i] : T{};
+    for (int i = 0; i < COUNT; i++)
+        if constexpr (sizeof(T) == 4)
+            few.words[i] = __float_as_uint(x[i]);
+        else if (i % 2)
+            few.words[i / 2] = to_bf16(x[i - 1]).bits | uint32_t(to_bf16(x[i]).bits) << 16;
+    if (there) *reinterpret_cast<Few<T, COUNT>*>(to) = few;
 }
 
 // -------------------------------------------------------------------------------------------------------------------- tiles
@@ -191,7 +160,7 @@ template <class T>
 DEVICE Tile rows(const T* from, int line, int g, int q) {
     Tile tile;
 #pragma unroll
-    for (int i = 0; i < 2; i++) read<4>(tile.x[i], from + (2 * g + i) * line + 4 * q, 4, true);
+    for (int i = 0; i < 2; i++) read(tile.x[i], from + (2 * g + i) * line + 4 * q);
     return tile;
 }
 
@@ -201,7 +170,7 @@ DEVICE Tile columns(const T* from, int line, int g, int q) {
     Tile tile;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const Few<T, 2> few = load<2>(from + (4 * q + j) * line + 2 * g, 2, true);
+        const Few<T, 2> few = load<2>(from + (4 * q + j) * line + 2 * g);
 #pragma unroll
         for (int i = 0; i < 2; i++) tile.x[i][j] = number(few, i);
     }
@@ -210,7 +179,7 @@ DEVICE Tile columns(const T* from, int line, int g, int q) {
 
 DEVICE void put(float* to, int line, const Tile& tile, int g, int q) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) store<4>(to + (2 * g + i) * line + 4 * q, tile.x[i], 4, true);
+    for (int i = 0; i < 2; i++) store(to + (2 * g + i) * line + 4 * q, tile.x[i]);
 }
 
 constexpr int LINE = TILE + 4;  // of a tile in shared memory
@@ -219,8 +188,6 @@ DEVICE float sum_columns(float x) {  // over the lanes that have a row's columns
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
-
-DEVICE int clamp(int within, int most) { return max(0, min(within, most)); }
 
 // --------------------------------------------------------------------------------------------------------------------- walk
 
@@ -248,7 +215,7 @@ size_t walk_shared(int64_t warps) {
 // A block walks one segment of a head, with VALUES of the values, and a warp for each 16 keys, of which it alone has the state.
 // The warps' parts of y meet in shared memory. Without OUTPUT: from nothing, and only what the segment adds to the state.
 template <class T, int VALUES, bool OUTPUT>
-__global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p) {
+__global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (sizeof(T) == 2 ? 4 : 3) : 1) walk(const Walk<T> p) {
     constexpr int M = VALUES / TILE, V_LINE = VALUES + 16 / sizeof(T), Y_LINE = SUMS<VALUES>;
     DYNAMIC_SHARED(float, shared);
     const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
@@ -259,8 +226,8 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
     const int head = blockIdx.x, heads = int(p.shape.heads), size = int(p.shape.size), steps = int(p.shape.steps);
     const int chunks = int(p.shape.chunks()), per = int(p.per), segment = blockIdx.z, segments = (chunks + per - 1) / per;
     const int64_t stride = int64_t(heads) * size, base = (int64_t(head / heads) * steps * heads + head % heads) * size;
-    const int key = TILE * warp + 4 * q, keys = clamp(size - key, 4), value = blockIdx.y * VALUES;
-    const bool vector = size % 4 == 0;
+    const int key = TILE * warp + 4 * q, value = blockIdx.y * VALUES;
+    const bool mine = key < size;
 
     // Tiles of the segment, but for those behind the last step.
     const int full = (steps + TILE - 1) / TILE, padded = chunks * TILES;
@@ -285,14 +252,13 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
             }
     };
     const auto save = [&](float* to) {
-        each_row([&](float (&x)[4], int at) { store<4>(to + at, x, keys, vector); });
+        each_row([&](float (&x)[4], int at) { store(to + at, x, mine); });
     };
     const auto before = [&](int chunk) { return p.before + (int64_t(head) * chunks + chunk) * size * size; };
-    float passed[4] = {1, 1, 1, 1}, u[4] = {};
+    float passed[4] = {1, 1, 1, 1};
     if constexpr (OUTPUT) {
         const float* const from = segments == 1 ? p.state + int64_t(head) * size * size : before(segment * per);
-        each_row([&](float (&x)[4], int at) { read<4>(x, from + at, keys, vector); });
-        read<4>(u, p.u + head % heads * size + key, keys, vector);
+        each_row([&](float (&x)[4], int at) { read(x, from + at, mine); });
     }
 
     Few<T, 4> next_r[2], next_k[2], next_w[2];
@@ -301,10 +267,10 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
         for (int i = 0; i < 2; i++) {
             const int t = step(of, 2 * g + i);
             const int64_t at = base + t * stride + key;
-            const int within = t < steps ? keys : 0;
-            if constexpr (OUTPUT) next_r[i] = load<4>(p.r + at, within, vector);
-            next_k[i] = load<4>(p.k + at, within, vector);
-            next_w[i] = load<4>(p.w + at, within, vector);
+            const bool there = mine && t < steps;
+            if constexpr (OUTPUT) next_r[i] = load<4>(p.r + at, there);
+            next_k[i] = load<4>(p.k + at, there);
+            next_w[i] = load<4>(p.w + at, there);
         }
     };
     const auto copy_values = [&](int of) {
@@ -312,8 +278,8 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
         for (int n = threadIdx.x; n < TILE * VALUES / 4; n += blockDim.x) {
             const int i = n / (VALUES / 4), column = n % (VALUES / 4) * 4;
             const int t = step(of, i);
-            copy(values + (of % 2 * TILE + i) * V_LINE + column, p.v + base + t * stride + value + column,
-                 t < steps ? clamp(size - value - column, 4) : 0, vector);
+            cp_async<4 * sizeof(T)>(values + (of % 2 * TILE + i) * V_LINE + column, p.v + base + t * stride + value + column,
+                                    t < steps && value + column < size);
         }
         cp_async_commit();
     };
@@ -325,12 +291,12 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
             float sum[4] = {};
             for (int of_warp = 0; of_warp < warps; of_warp++) {
                 float add[4];
-                read<4>(add, part + (of_warp * TILE + i) * Y_LINE + column, 4, true);
+                read(add, part + (of_warp * TILE + i) * Y_LINE + column);
 #pragma unroll
                 for (int j = 0; j < 4; j++) sum[j] += add[j];
             }
             const int t = step(of, i);
-            if (t < steps) store<4>(p.y + base + t * stride + value + column, sum, clamp(size - value - column, 4), vector);
+            store(p.y + base + t * stride + value + column, sum, t < steps && value + column < size);
         }
     };
 
@@ -354,7 +320,8 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
 
         // Blocks of 2: of the pairs, a step and itself, and 2g+1 with 2g.
         Tile start, end, scores;
-        float whole[4], own[2] = {}, neighbours = 0;
+        float whole[4], own[2] = {}, neighbours = 0, u[4];
+        if constexpr (OUTPUT) read(u, p.u + head % heads * size + key, mine);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             start.x[0][j] = end.x[1][j] = 1, start.x[1][j] = decay.x[0][j], end.x[0][j] = decay.x[1][j];
@@ -448,7 +415,7 @@ __global__ void __launch_bounds__(VALUES == 64 ? 256 : 512) walk(const Walk<T> p
         if (segment == segments - 1) save(p.final + int64_t(head) * size * size);
     } else {
         save(before((segment + 1) * per));
-        if (blockIdx.y == 0 && g == 0) store<4>(p.decays + (int64_t(head) * (segments - 1) + segment) * size + key, passed, keys, vector);
+        store(p.decays + (int64_t(head) * (segments - 1) + segment) * size + key, passed, mine && g == 0 && blockIdx.y == 0);
     }
 }
 
@@ -496,8 +463,8 @@ int run_walk(const Walk<T>& p, int64_t stream) {
 template <class T>
 int run_walk(const Walk<T>& p, int64_t stream) {
     if (p.shape.size <= 16) return run_walk<T, 16>(p, stream);
-    if (p.shape.size <= 32 || p.shape.size > 128) return run_walk<T, 32>(p, stream);
-    return run_walk<T, 64>(p, stream);
+    if (p.shape.size > 32 && p.shape.size <= 64) return run_walk<T, 64>(p, stream);
+    return run_walk<T, 32>(p, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- gradients
@@ -595,17 +562,17 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
     const int head = blockIdx.x, heads = int(p.shape.heads), size = int(p.shape.size), steps = int(p.shape.steps);
     const int chunk = blockIdx.z, chunks = gridDim.z;
     const int64_t stride = int64_t(heads) * size, base = (int64_t(head / heads) * steps * heads + head % heads) * size;
-    const int key = blockIdx.y * GROUP + warp * TILE + 2 * g, keys = clamp(size - key, 2);
-    const bool two = size % 2 == 0, four = size % 4 == 0;
+    const int key = blockIdx.y * GROUP + warp * TILE + 2 * g;
+    const bool mine = key < size;
 
     const auto copy_group = [&](int from) {
         for (int n = threadIdx.x; n < CHUNK * GROUP / 4; n += blockDim.x) {
             const int i = n / (GROUP / 4), column = n % (GROUP / 4) * 4;
             const int t = chunk * CHUNK + i;
             const int64_t at = base + t * stride + from + column;
-            const int within = t < steps ? clamp(size - from - column, 4) : 0;
-            copy(values + i * V_LINE + column, p.v + at, within, four);
-            copy(dys + i * V_LINE + column, p.dy + at, within, four);
+            const bool there = t < steps && from + column < size;
+            cp_async<4 * sizeof(T)>(values + i * V_LINE + column, p.v + at, there);
+            cp_async<4 * sizeof(T)>(dys + i * V_LINE + column, p.dy + at, there);
         }
         cp_async_commit();
     };
@@ -614,7 +581,7 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int t = chunk * CHUNK + n * TILE + 4 * q + j;
-            const Few<T, 2> few = load<2>(from + base + t * stride + key, t < steps ? keys : 0, two);
+            const Few<T, 2> few = load<2>(from + base + t * stride + key, mine && t < steps);
             tile.x[0][j] = number(few, 0), tile.x[1][j] = number(few, 1);
         }
         return tile;
@@ -635,12 +602,12 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
     // A lane's own: r * start and k * end over whole tiles; in the end, their gradients.
     const auto keep = [&](int n, int which, const Tile& tile) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) store<4>(scaled + ((n * 2 + which) * 2 + i) * WARP * 4, tile.x[i], 4, true);
+        for (int i = 0; i < 2; i++) store(scaled + ((n * 2 + which) * 2 + i) * WARP * 4, tile.x[i]);
     };
     const auto kept = [&](int n, int which) {
         Tile tile;
 #pragma unroll
-        for (int i = 0; i < 2; i++) read<4>(tile.x[i], scaled + ((n * 2 + which) * 2 + i) * WARP * 4, 4, true);
+        for (int i = 0; i < 2; i++) read(tile.x[i], scaled + ((n * 2 + which) * 2 + i) * WARP * 4);
         return tile;
     };
     constexpr int READ = 0, WRITE = 1;
@@ -678,9 +645,10 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
             Tile s, d;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const int value = from + m + 4 * q + j, within = value < size ? keys : 0;
-                const Few<float, 2> few_s = load<2>(before + value * size + key, within, two);
-                const Few<float, 2> few_d = load<2>(after + value * size + key, within, two);
+                const int value = from + m + 4 * q + j;
+                const bool there = mine && value < size;
+                const Few<float, 2> few_s = load<2>(before + value * size + key, there);
+                const Few<float, 2> few_d = load<2>(after + value * size + key, there);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     s.x[i][j] = number(few_s, i), d.x[i][j] = number(few_d, i);
@@ -769,7 +737,7 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
 
     // Within each tile, where everything comes together.
     float u[2], du[2] = {};
-    read<2>(u, p.u + head % heads * size + key, keys, two);
+    read(u, p.u + head % heads * size + key, mine);
 #pragma unroll 1
     for (int n = 0; n < TILES; n++) {
         const float* const of_pairs = pairs + pair(n, n) * TILE * LINE;
@@ -858,14 +826,14 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
         for (int j = 0; j < 4; j++) {
             const int t = chunk * CHUNK + n * TILE + 4 * q + j;
             const int64_t at = base + t * stride + key;
-            if (t >= steps) continue;
-            store<2>(p.dr + at, {dr.x[0][j], dr.x[1][j]}, keys, two);
-            store<2>(p.dk + at, {dk.x[0][j], dk.x[1][j]}, keys, two);
-            store<2>(p.dw + at, {dw.x[0][j], dw.x[1][j]}, keys, two);
+            const bool there = mine && t < steps;
+            store<T, 2>(p.dr + at, {dr.x[0][j], dr.x[1][j]}, there);
+            store<T, 2>(p.dk + at, {dk.x[0][j], dk.x[1][j]}, there);
+            store<T, 2>(p.dw + at, {dw.x[0][j], dw.x[1][j]}, there);
         }
     }
     du[0] = sum_columns(du[0]), du[1] = sum_columns(du[1]);
-    if (q == 0) store<2>(p.du + (int64_t(chunk) * gridDim.x + head) * size + key, du, keys, two);
+    store(p.du + (int64_t(chunk) * gridDim.x + head) * size + key, du, mine && q == 0);
 }
 
 // sums[c] = the sum of rows[0][c], rows[1][c], ..., always in the same order.
