@@ -67,11 +67,13 @@ class Floor:
             self._head(model.head.weight.detach())
 
     def __call__(self) -> None:
+        """Do them all."""
         with torch.no_grad():
             for x, y, out in self.products:
                 torch.mm(x, y, out=out)
 
     def flops(self) -> int:
+        """Floating-point operations of them all."""
         return sum(2 * out.numel() * x.shape[1] for x, _, out in self.products)
 
     def _buffer(self, kind: str, rows: int, columns: int) -> Tensor:
@@ -128,16 +130,19 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, foreach=True)
 
     def gradients(self) -> None:
+        """Forward, loss and backward."""
         self.optimizer.zero_grad()
         features, _ = self.model.features(self.inputs)
         loss = head.head_loss(features.flatten(0, 1), self.model.head.weight, self.targets) / len(self.targets)
         loss.backward()
 
     def update(self) -> None:
+        """The gradient's norm and the optimizer."""
         torch.nn.utils.clip_grad_norm_(self.trained, float("inf"))
         self.optimizer.step()
 
     def both(self) -> None:
+        """A whole step of one micro-batch."""
         self.gradients()
         self.update()
 
@@ -161,10 +166,10 @@ class Step:
         return found
 
 
-def seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def breakdown(step: Step) -> dict[str, float]:
@@ -185,14 +190,14 @@ def units(step: Step, itemsize: int) -> float:
     return size / (len(step.targets) * LAYERS * CHANNELS * itemsize)
 
 
-def measure(threads: int, rounds: int, steps: int) -> str:
+def measure(rounds: int, steps: int, clock: Callable[[], float]) -> str:
     model = make(torch.float32)
     floor, step = Floor(model, steps), Step(model, steps)
     calls = {"floor": floor, "gradients": step.gradients, "both": step.both}
     took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            took[name].append(seconds(call))
+            took[name].append(seconds(call, clock))
     t = {name: median(times[1:]) for name, times in took.items()}  # the first maps memory and starts threads
     lines = [
         f"B1 T{steps} L{LAYERS} C{CHANNELS} V{VOCABULARY}, LoRA of rank {LORA.rank} on {', '.join(LORA.targets)}; float32.",
@@ -228,11 +233,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=512, help="tokens of the row")
+    parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that has other work")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     given = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
     torch.set_num_threads(given.threads)
-    text = f"{describe()}; medians of {given.rounds}\n\n{measure(given.threads, given.rounds, given.steps)}\n"
+    clock = time.process_time if given.processor_time else time.perf_counter
+    kind = "processor time" if given.processor_time else "wall time"
+    text = f"{describe()}; {kind}, medians of {given.rounds}\n\n{measure(given.rounds, given.steps, clock)}\n"
     print(text)
     if given.out:
         given.out.write_text(text, encoding="utf-8")

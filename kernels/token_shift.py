@@ -146,7 +146,8 @@ def _forward(
 ) -> _Mixed:
     """The mixes, empty ones to make them 6, the last token, and if `keep`, mean and 1 / deviation of each token, (B, T, 2).
 
-    mus is (mixes, C), dtype that of the mixes. The mixes are no list: autograd takes 0.1 ms to take one apart and to put it together.
+    mus is (mixes, C), dtype that of the mixes. These are no list: autograd takes 0.1 ms to take one apart and to put it
+    together.
     """
     x, last, mus = x.contiguous(), last.contiguous(), mus.contiguous()
     if weight is not None and bias is not None:

@@ -19,8 +19,8 @@ THREADS = 1024
 Schedule = Literal["fused", "parallel", "auto"]
 
 schedule: Schedule = "auto"
-"""How time is gone through: "fused", step after step; "parallel", all chunks at once, and a scan of what each makes of the state
-in between; "auto", in so many segments as fill the GPU. Tests and benchmarks set it."""
+"""How time is gone through: "fused", step after step; "parallel", all chunks at once, and a scan of what each makes of the
+state in between; "auto", in so many segments as fill the GPU. Tests and benchmarks set it."""
 
 
 def kept(steps: int, state: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _plan(k: Tensor) -> tuple[int, int]:
 
 
 def _readable(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> list[Tensor]:
-    """k and v in bfloat16, or in float32; w and u in float32."""
+    """Both k and v in bfloat16, or in float32; w and u in float32."""
     dtype = torch.bfloat16 if k.dtype == v.dtype == torch.bfloat16 else torch.float32
     return [x.contiguous() for x in (k.to(dtype), v.to(dtype), w.float(), u.float())]
 

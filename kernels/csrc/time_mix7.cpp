@@ -55,8 +55,8 @@ INLINE Share share(floats x) {
     return {of, e * of};
 }
 
-// The backward of `prepare`, for one head of one token. v is what it gave: v_first - v is (v_first - v0) sigmoid(-v_raw), so that
-// nobody need keep v0. `scratch` has two rows of floats; dk_k and dk_a are added to, or null.
+// The backward of `prepare`, for one head of one token. v is what it gave: v_first - v is (v_first - v0) sigmoid(-v_raw), so
+// that nobody need keep v0. `scratch` has two rows of floats; dk_k and dk_a are added to, or null.
 template <typename X, typename P>
 APART void prepare_backward(int64_t n, const X* k0, const X* v_first, const X* a_raw, const X* v_raw, const X* v, const P* k_k,
                             const P* k_a, const X* dk, const X* dv, const X* da, const X* db, float* scratch, X* dk0, X* dv0,
@@ -100,8 +100,8 @@ APART void prepare_backward(int64_t n, const X* k0, const X* v_first, const X* a
 
 // The backward of `readout`, for one head of one token. `scratch` as before; dweight, dbias, dr_k are added to, or null.
 template <typename X, typename P>
-APART void readout_backward(int64_t n, const X* y, const X* r, const X* k, const X* v, const X* g, const P* weight, const P* bias,
-                            const P* r_k, float epsilon, const X* dout, float* scratch, X* dy, X* dr, X* dk, X* dv, X* dg,
+APART void readout_backward(int64_t n, const X* y, const X* r, const X* k, const X* v, const X* g, const P* weight,
+                            const P* bias, const P* r_k, float epsilon, const X* dout, float* scratch, X* dy, X* dr, X* dk, X* dv, X* dg,
                             float* dweight, float* dbias, float* dr_k) {
     float *const given = scratch, *const centred = scratch + round_up(n);
     floats total{}, bonus{}, dbonus{};
@@ -128,7 +128,8 @@ APART void readout_backward(int64_t n, const X* y, const X* r, const X* k, const
     for (int64_t i = 0; i < n; i += WIDTH) {
         const int64_t count = n - i;
         const floats q = load(given + i), normed = load(centred + i) * scale, gamma = load(weight + i, count);
-        const floats value = load(v + i, count), key = load(k + i, count), read = load(r + i, count), rho = load(r_k + i, count);
+        const floats value = load(v + i, count), key = load(k + i, count), read = load(r + i, count);
+        const floats rho = load(r_k + i, count);
         store(dg + i, load(dout + i, count) * (normed * gamma + load(bias + i, count) + along * value), count);
         store(dy + i, scale * (q * gamma - mean_d - normed * mean_dx), count);
         store(dv + i, along * q, count);
@@ -169,8 +170,8 @@ extern "C" void rwkv_prepare7(const Prepare* f) {
     });
 }
 
-// As above; v is what the forward gave, null in layer 0 as are v_first, v_raw and their gradients. dk_k and dk_a, of k_k's type,
-// are null where nobody asks.
+// As above; v is what the forward gave, null in layer 0 as are v_first, v_raw and their gradients. dk_k and dk_a, of k_k's
+// type, are null where nobody asks.
 struct PrepareBackward {
     const void *k0, *v_first, *a_raw, *v_raw, *v, *k_k, *k_a, *dk, *dv, *da, *db;
     void *dk0, *dv0, *dv_first, *da_raw, *dv_raw, *dk_k, *dk_a;
@@ -187,13 +188,14 @@ extern "C" void rwkv_prepare7_backward(const PrepareBackward* f) {
             const auto* const k_a = static_cast<const P*>(f->k_a);
             P* const totals[] = {static_cast<P*>(f->dk_k), static_cast<P*>(f->dk_a)};
             const int64_t n = f->size, size = f->heads * n, width = round_up(size);
-            for_each_row(f->rows, size, 2 * round_up(n), f->threads, f->dk_k ? 2 : 0, totals, [&](int64_t row, float* scratch, float* sums) {
+            const auto one = [&](int64_t row, float* scratch, float* sums) {
                 for (int64_t p = 0, i = row * size; p < size; p += n, i += n)
                     prepare_backward(n, in(f->k0, i), in(f->v_first, i), in(f->a_raw, i), in(f->v_raw, i), in(f->v, i), k_k + p,
                                      k_a + p, in(f->dk, i), in(f->dv, i), in(f->da, i), in(f->db, i), scratch, dk0 + i,
                                      out(f->dv0, i), out(f->dv_first, i), out(f->da_raw, i), out(f->dv_raw, i),
                                      sums ? sums + p : nullptr, sums ? sums + width + p : nullptr);
-            });
+            };
+            for_each_row(f->rows, size, 2 * round_up(n), f->threads, f->dk_k ? 2 : 0, totals, one);
         });
     });
 }
@@ -243,14 +245,14 @@ extern "C" void rwkv_readout7_backward(const ReadoutBackward* f) {
             const auto *const bias = static_cast<const P*>(f->bias), *const r_k = static_cast<const P*>(f->r_k);
             P* const totals[] = {static_cast<P*>(f->dweight), static_cast<P*>(f->dbias), static_cast<P*>(f->dr_k)};
             const int64_t n = f->size, size = f->heads * n, width = round_up(size);
-            const int64_t count = f->dweight ? 3 : 0;
-            for_each_row(f->rows, size, 2 * round_up(n), f->threads, count, totals, [&](int64_t row, float* scratch, float* sums) {
+            const auto one = [&](int64_t row, float* scratch, float* sums) {
                 for (int64_t p = 0, i = row * size; p < size; p += n, i += n)
                     readout_backward(n, in(f->y, i), in(f->r, i), in(f->k, i), in(f->v, i), in(f->g, i), weight + p, bias + p,
                                      r_k + p, float(f->epsilon), in(f->dout, i), scratch, dy + i, out(f->dr, i), out(f->dk, i),
                                      out(f->dv, i), out(f->dg, i), sums ? sums + p : nullptr, sums ? sums + width + p : nullptr,
                                      sums ? sums + 2 * width + p : nullptr);
-            });
+            };
+            for_each_row(f->rows, size, 2 * round_up(n), f->threads, f->dweight ? 3 : 0, totals, one);
         });
     });
 }

@@ -6,7 +6,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; initial values follow microsoft/LoRA, 
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,51 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
-        return F.linear(x, self.weight) + self.scale * F.linear(low, self.lora_B).to(x.dtype)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        read = F.dropout(x, self.dropout) if self.training and self.dropout else None
+        with torch.autocast(device, enabled=False):  # what it would do is done above
+            y: Tensor = _Adapted.apply(x, read, self.weight, self.lora_A, self.lora_B, self.scale)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Adapted(torch.autograd.Function):
+    """y = x W' + scale (read A') B' in the dtype of x, with W frozen; `read` is None where it is x.
+
+    By torch's own gradients, each of the sums y, dx and dread would cost more passes over memory than its products need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        kept = x if read is None else read
+        low = F.linear(_rows(kept), a.to(x.dtype)).mul_(scale)
+        y = F.linear(x, weight.to(x.dtype))
+        _rows(y).addmm_(low, b.to(x.dtype).mT)
+        ctx.save_for_backward(kept, low, weight, a, b)
+        ctx.scale, ctx.is_x = scale, read is None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        kept, low, weight, a, b = ctx.saved_tensors
+        wants_x, wants_read = ctx.needs_input_grad[:2]
+        dy = _rows(grads[0])
+        dlow = (dy @ b.to(dy.dtype)).mul_(ctx.scale)
+        dx = dy @ weight.to(dy.dtype) if wants_x else None
+        dread = dlow @ a.to(dy.dtype) if wants_read else None
+        if dx is not None and ctx.is_x:
+            dx.addmm_(dlow, a.to(dy.dtype))
+        da, db = dlow.mT @ _rows(kept), dy.mT @ low
+        shape = kept.shape
+        return (
+            None if dx is None else dx.view(shape), None if dread is None else dread.view(shape), None,
+            da.to(a.dtype), db.to(b.dtype), None,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def delta(tensors: dict[str, Tensor], module: str, config: "LoraConfig") -> Tensor | None:

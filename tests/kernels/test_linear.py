@@ -135,6 +135,27 @@ def test_many_rows_of_bfloat16(stored, native, monkeypatch):
     assert_parity("low rank", z, low_rank_reference(x, *weights), low_rank_reference(exact[0], *exact[2]))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_under_gradients_rounds_once(dtype, activation):
+    """Outputs and gradients as good as those of separate operations."""
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(2, 10, 70, generator=generator).to(dtype)
+
+    def apart(x, down, up, bias):
+        return module._ACTIVATIONS[activation](x @ down) @ up + bias.view(-1)
+
+    def run(op, wide=False):
+        xs = [draw(2, 10, 24, dtype=dtype), *pair(24, 5, 70, dtype)]
+        xs = [(x.double() if wide else x).requires_grad_() for x in xs]
+        y = op(*xs)
+        return y.detach(), *torch.autograd.grad(y, xs, cotangent.to(y.dtype))
+
+    results = run(lambda *xs: low_rank(*xs, activation=activation)), run(apart), run(apart, wide=True)
+    for name, *ys in zip(("y", "dx", "ddown", "dup", "dbias"), *results, strict=True):
+        assert_parity(name, *ys)
+
+
 def test_only_bfloat16_is_widened():
     assert not module.slow_in(torch.zeros(1))
     assert module.slow_in(torch.zeros(1, dtype=torch.bfloat16)) in (False, True)
@@ -166,6 +187,7 @@ def test_compiles_and_heeds_autocast():
         torch.testing.assert_close(got, y)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+        assert low_rank(x, *weights).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -186,24 +186,27 @@ def test_heads_of_one_value_have_no_variance(where):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # in NumPy, for the interpreter
 def test_gradients_have_digits_where_a_sigmoid_is_flat(where):
     """Where torch's own sigmoid, and with it the reference, has none left: 1 - sigmoid(15) is 5 roundings of 1."""
-    case = draw(1, 9, 2, 16, device=where.device)[0]
-    case.xs[3].uniform_(12, 18)
-    case.xs[4].uniform_(-100, -12)
-    got = run(case.of(where.form), case.xs)
-    want = run(case.reference, [x.double() for x in case.xs], torch.float32)
-    for i in (7, 8):  # a_raw, v_raw
-        assert (got[i] - want[i]).norm() < 1e-5 * want[i].norm()
-    assert all(x.isfinite().all() for x in got)
+    for share, exact in ((-15, (7, 8)), (15, (5, 7))):  # the gradients of v0, a_raw and v_raw are 5, 7 and 8
+        case = draw(1, 9, 2, 16, device=where.device)[0]
+        case.xs[3].add_(15)
+        case.xs[4].add_(share)
+        got = run(case.of(where.form), case.xs)
+        want = run(case.reference, [x.double() for x in case.xs], torch.float32)
+        for i in exact:
+            assert (got[i] - want[i]).norm() < 1e-5 * want[i].norm(), i
 
 
 @FUSED
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # in NumPy, for the interpreter
-def test_extreme_gates(where):
+@pytest.mark.parametrize("flush", [False, True])
+def test_extreme_gates(flush, where, request):
+    request.addfinalizer(lambda: torch.set_flush_denormal(False))
     for case in draw(1, 3, 2, 16, device=where.device)[:2]:
         for x in case.xs[3:5]:
             if x is not None:
                 x.copy_(torch.tensor([-1e30, -200.0, 200.0, 1e30], device=where.device).repeat(24).view_as(x))
         want = run(case.reference, [None if x is None else x.double() for x in case.xs], torch.float32)
+        torch.set_flush_denormal(flush)  # then 1 / (1 + e^88) is 0
         for got, truth in zip(run(case.of(where.form), case.xs), want, strict=True):
             torch.testing.assert_close(got, truth.float(), rtol=1e-4, atol=1e-5)
 

@@ -5,7 +5,7 @@
 //   SHARED(type, name, count);       instead of  __shared__ type name[count];
 //   DYNAMIC_SHARED(type, name);      instead of  extern __shared__ type name[];     aligned to 128 bytes
 //   LAUNCH(kernel<...>, grid, block, shared_bytes, stream, arguments...)            an int: 0, or the error for rwkv_error_string
-//   fast_exp, fast_exp2, fast_reciprocal; bf16, to_float, to_bf16; to_tf32; mma_bf16, mma_tf32, ldmatrix, ldmatrix_turned; cp_async, cp_async_commit, cp_async_wait
+//   fast_exp, fast_exp2, fast_reciprocal; bf16, to_float, to_bf16, to_bf16_pair; to_tf32; mma_bf16, mma_tf32, ldmatrix, ldmatrix_turned; cp_async, cp_async_commit, cp_async_wait
 // Each source includes this once and is a library of its own.
 //
 // The stand-in runs blocks one after another and a block's threads as fibers, each on a stack of its own until it waits for others.
@@ -74,6 +74,13 @@ DEVICE bf16 to_bf16(float x) {
     bf16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
     return y;
+}
+
+// Two of them as they lie in memory, x first.
+DEVICE uint32_t to_bf16_pair(float x, float y) {
+    uint32_t z;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+    return z;
 }
 
 // To the nearest number of 10 bits of mantissa; a float's bits, the lower 13 of which are 0.
@@ -379,6 +386,7 @@ static inline bf16 to_bf16(float x) {
     uint32_t bits = __float_as_uint(x);
     return {uint16_t(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+static inline uint32_t to_bf16_pair(float x, float y) { return uint32_t(to_bf16(x).bits) | uint32_t(to_bf16(y).bits) << 16; }
 static inline uint32_t to_tf32(float x) { return x != x ? 0x7fffffff : (__float_as_uint(x) + 0x1000) & ~0x1fffu; }
 
 static inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -35,6 +35,8 @@ namespace {
 
 constexpr int WARP = 32, TILE = 16, CHUNK = 64, TILES = CHUNK / TILE;
 
+constexpr float ENDLESS = -1000;  // a w whose decay is 1, for the steps that fill up a tile
+
 struct Shape {
     int64_t batch, steps, heads, size;
     __host__ __device__ int64_t chunks() const { return (steps + CHUNK - 1) / CHUNK; }
@@ -94,11 +96,15 @@ struct Tile {
     float x[2][4];
 };
 
-// A tile as tensor cores take it.
+// A tile as tensor cores take it: they cut off the 13 low bits of a float.
 template <int PARTS>
 struct Operand {
     uint32_t bits[PARTS][2][4];
 };
+
+// What is cut off is 0.72 2^-11 of a number on average. With that added before it is nothing on average; numbers that have
+// no more than 10 bits of mantissa stay as they are, and so does NaN. To round (to_tf32) takes three instructions, not one.
+DEVICE uint32_t nearly(float x) { return __float_as_uint(fmaf(x, 0.72f / 2048, x)); }
 
 template <int PARTS>
 DEVICE Operand<PARTS> operand(const Tile& tile) {
@@ -107,13 +113,18 @@ DEVICE Operand<PARTS> operand(const Tile& tile) {
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            o.bits[0][i][j] = to_tf32(tile.x[i][j]);
-            if constexpr (PARTS == 2) o.bits[1][i][j] = to_tf32(tile.x[i][j] - __uint_as_float(o.bits[0][i][j]));
+            const float x = tile.x[i][j];
+            if constexpr (PARTS == 1) {
+                o.bits[0][i][j] = nearly(x);
+            } else {
+                o.bits[0][i][j] = nearly(x) & ~0x1fffu;
+                o.bits[1][i][j] = nearly(x - __uint_as_float(o.bits[0][i][j]));
+            }
         }
     return o;
 }
 
-// The same of numbers that are of the inputs' type: bfloat16 is tf32 already.
+// The same of numbers that are of the inputs' type: a bfloat16 loses nothing.
 template <class T>
 DEVICE Operand<PARTS<T>> given(const Tile& tile) {
     if constexpr (PARTS<T> == 2) {
@@ -128,15 +139,14 @@ DEVICE Operand<PARTS<T>> given(const Tile& tile) {
     }
 }
 
-// c += a b'. The instruction's rows, columns and sum run over even indices first, then odd ones: this is what makes each
-// operand and the result the same tile, wherever it stands.
-template <int A, int B>
-DEVICE void multiply(Tile& c, const Operand<A>& a, const Operand<B>& b) {
-    constexpr bool EXACT = A + B > 2;
+// c = a b', or c += a b' by the tensor cores. The instruction's rows, columns and sum run over even indices first, then odd ones:
+// this is what makes each operand and the result the same tile, wherever it stands.
+template <bool ADD, int A, int B>
+DEVICE void product(Tile& c, const Operand<A>& a, const Operand<B>& b) {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
         float d[4] = {};
-        if constexpr (!EXACT) d[0] = c.x[0][n], d[1] = c.x[0][n + 2], d[2] = c.x[1][n], d[3] = c.x[1][n + 2];
+        if constexpr (ADD) d[0] = c.x[0][n], d[1] = c.x[0][n + 2], d[2] = c.x[1][n], d[3] = c.x[1][n + 2];
 #pragma unroll
         for (int parts = A + B - 2; parts >= 0; parts--)  // small terms first
 #pragma unroll
@@ -150,8 +160,28 @@ DEVICE void multiply(Tile& c, const Operand<A>& a, const Operand<B>& b) {
                     mma_tf32(d, {x[0][m], x[1][m], x[0][m + 2], x[1][m + 2]}, {y[n][m], y[n][m + 2]});
                 }
             }
-        if constexpr (EXACT) d[0] += c.x[0][n], d[1] += c.x[0][n + 2], d[2] += c.x[1][n], d[3] += c.x[1][n + 2];
         c.x[0][n] = d[0], c.x[0][n + 2] = d[1], c.x[1][n] = d[2], c.x[1][n + 2] = d[3];
+    }
+}
+
+template <int A, int B>
+DEVICE Tile multiply(const Operand<A>& a, const Operand<B>& b) {
+    Tile c;
+    product<false>(c, a, b);
+    return c;
+}
+
+// c += a b', by ordinary additions if it is to be exact.
+template <int A, int B>
+DEVICE void add_product(Tile& c, const Operand<A>& a, const Operand<B>& b) {
+    if constexpr (A + B == 2) {
+        product<true>(c, a, b);
+    } else {
+        const Tile d = multiply(a, b);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) c.x[i][j] += d.x[i][j];
     }
 }
 
@@ -183,6 +213,11 @@ DEVICE void put(float* to, int line, const Tile& tile, int g, int q) {
 }
 
 constexpr int LINE = TILE + 4;  // of a tile in shared memory
+
+template <int N>
+struct Level {
+    static constexpr int value = N;
+};
 
 DEVICE float sum_columns(float x) {  // over the lanes that have a row's columns
     x += __shfl_xor_sync(~0u, x, 1);
@@ -236,10 +271,8 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
         tile = max(tile, padded - full);
     else
         end_tile = min(end_tile, full);
-    const auto step = [&](int of, int i) {
-        const int n = of * TILE + i;
-        return p.reverse ? padded * TILE - 1 - n : n;
-    };
+    const int origin = p.reverse ? padded * TILE - 1 : 0, forth = p.reverse ? -1 : 1;
+    const auto step = [=](int of, int i) { return origin + forth * (of * TILE + i); };
 
     Tile s[M] = {};
     const auto each_row = [&](auto act) {  // (the state's row in a tile, its place in a state)
@@ -289,6 +322,7 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
         for (int n = threadIdx.x; n < TILE * VALUES / 4; n += blockDim.x) {
             const int i = n / (VALUES / 4), column = n % (VALUES / 4) * 4;
             float sum[4] = {};
+#pragma unroll 4
             for (int of_warp = 0; of_warp < warps; of_warp++) {
                 float add[4];
                 read(add, part + (of_warp * TILE + i) * Y_LINE + column);
@@ -314,22 +348,23 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
             for (int j = 0; j < 4; j++) {
                 if constexpr (OUTPUT) r.x[i][j] = number(next_r[i], j);
                 k.x[i][j] = number(next_k[i], j);
-                decay.x[i][j] = there ? expf(-expf(number(next_w[i], j))) : 1.0f;
+                decay.x[i][j] = expf(-expf(there ? number(next_w[i], j) : ENDLESS));
             }
         }
 
-        // Blocks of 2: of the pairs, a step and itself, and 2g+1 with 2g.
-        Tile start, end, scores;
+        // Blocks of 2: of the pairs, a step and itself, and 2g+1 with 2g. Then r and k become r * start and k * end.
+        Tile scores;
         float whole[4], own[2] = {}, neighbours = 0, u[4];
         if constexpr (OUTPUT) read(u, p.u + head % heads * size + key, mine);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            start.x[0][j] = end.x[1][j] = 1, start.x[1][j] = decay.x[0][j], end.x[0][j] = decay.x[1][j];
-            whole[j] = decay.x[0][j] * decay.x[1][j];
             if constexpr (OUTPUT) {
                 own[0] += r.x[0][j] * u[j] * k.x[0][j], own[1] += r.x[1][j] * u[j] * k.x[1][j];
                 neighbours += r.x[1][j] * k.x[0][j];
+                r.x[1][j] *= decay.x[0][j];
             }
+            k.x[0][j] *= decay.x[1][j];
+            whole[j] = decay.x[0][j] * decay.x[1][j];
         }
         if constexpr (OUTPUT) {
             own[0] = sum_columns(own[0]), own[1] = sum_columns(own[1]), neighbours = sum_columns(neighbours);
@@ -343,23 +378,14 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
         }
 #pragma unroll
         for (int level = 1; level < 4; level++) {
-            Tile read, write;
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    if constexpr (OUTPUT) read.x[i][j] = r.x[i][j] * start.x[i][j];
-                    write.x[i][j] = k.x[i][j] * end.x[i][j];
-                }
             if constexpr (OUTPUT) {
-                Tile pairs = {};
-                multiply(pairs, operand<PARTS<T>>(read), operand<PARTS<T>>(write));
+                const Tile pairs = multiply(operand<PARTS<T>>(r), operand<PARTS<T>>(k));
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        const int block = (2 * g + i) >> level;
-                        if (block % 2 && (4 * q + j) >> level == block - 1) scores.x[i][j] = pairs.x[i][j];
+                        const int row = g >> (level - 1), column = level == 1 ? 2 * q + j / 2 : q >> (level - 2);
+                        if (row % 2 && column == row - 1) scores.x[i][j] = pairs.x[i][j];
                     }
             }
             const bool second = g >> (level - 1) & 1;
@@ -367,7 +393,10 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
             for (int j = 0; j < 4; j++) {
                 const float other = __shfl_xor_sync(~0u, whole[j], 2 << level);
 #pragma unroll
-                for (int i = 0; i < 2; i++) start.x[i][j] *= second ? other : 1, end.x[i][j] *= second ? 1 : other;
+                for (int i = 0; i < 2; i++) {
+                    if constexpr (OUTPUT) r.x[i][j] *= second ? other : 1;
+                    k.x[i][j] *= second ? 1 : other;
+                }
                 whole[j] *= other;
             }
         }
@@ -375,10 +404,7 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
         for (int j = 0; j < 4; j++) {
             passed[j] *= whole[j];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                if constexpr (OUTPUT) r.x[i][j] *= start.x[i][j];
-                turned[(4 * q + j) * LINE + 2 * g + i] = k.x[i][j] * end.x[i][j];
-            }
+            for (int i = 0; i < 2; i++) turned[(4 * q + j) * LINE + 2 * g + i] = k.x[i][j];
         }
 
         // One barrier a tile: behind it lie this tile's values and the warps' parts of the last tile's y, and the buffers of
@@ -396,16 +422,15 @@ __global__ void __launch_bounds__(VALUES == 64 ? 128 : 512, VALUES == 64 ? (size
         for (int m = 0; m < M; m++) {
             const Operand<PARTS<T>> v = given<T>(columns(values + tile % 2 * TILE * V_LINE + m * TILE, V_LINE, g, q));
             if constexpr (OUTPUT) {
-                Tile y = {};
-                multiply(y, pairs, v);
-                multiply(y, read, operand<PARTS<T>>(s[m]));
+                Tile y = multiply(pairs, v);
+                add_product(y, read, operand<PARTS<T>>(s[m]));
                 put(sums + (tile % 2 * warps + warp) * TILE * Y_LINE + m * TILE, Y_LINE, y, g, q);
             }
+            const Tile added = multiply(v, write);
 #pragma unroll
             for (int i = 0; i < 2; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) s[m].x[i][j] *= whole[j];
-            multiply(s[m], v, write);
+                for (int j = 0; j < 4; j++) s[m].x[i][j] = s[m].x[i][j] * whole[j] + added.x[i][j];
         }
         __syncwarp();  // `turned` is read
     }
@@ -488,63 +513,48 @@ size_t gradients_shared(int64_t warps) {
     return 4 * (PAIRS * TILE * LINE + warps * TILES * 2 * TILE * TILE) + 2 * CHUNK * (GROUP * sizeof(T) + 16);
 }
 
-// Products of decays within blocks of a tile whose rows are keys, columns steps: widen<0>, <1>, ... double the blocks.
+// Products of decays in a tile whose rows are keys, columns steps: from the start of a block until before a step, and after it
+// until the block's end. Of blocks of 4, which are a lane's own columns; and what makes these the ones of blocks of 8 and 16.
 struct Spans {
-    Tile start, end, whole;  // `whole` in the first of a block's columns that a lane has
+    Tile start, end;
+    float start8[2], end8[2], start16[2], end16[2], whole[2];
 };
 
-DEVICE Spans singles(const Tile& decay) {
-    Spans spans;
-    spans.whole = decay;
+DEVICE Spans spans_of(const Tile& decay, int q) {
+    Spans s;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float(&d)[4] = decay.x[i];
+        const float first = d[0] * d[1], second = d[2] * d[3], whole = first * second;
+        s.start.x[i][0] = 1, s.start.x[i][1] = d[0], s.start.x[i][2] = first, s.start.x[i][3] = first * d[2];
+        s.end.x[i][0] = d[1] * second, s.end.x[i][1] = second, s.end.x[i][2] = d[3], s.end.x[i][3] = 1;
+        const float next = __shfl_xor_sync(~0u, whole, 1);
+        s.start8[i] = q & 1 ? next : 1, s.end8[i] = q & 1 ? 1 : next;
+        const float far = __shfl_xor_sync(~0u, whole * next, 2);
+        s.start16[i] = q & 2 ? s.start8[i] * far : s.start8[i], s.end16[i] = q & 2 ? s.end8[i] : s.end8[i] * far;
+        s.whole[i] = whole * next * far;
+    }
+    return s;
+}
+
+DEVICE Tile scale(const Tile& x, const Tile& by, const float (&and_by)[2]) {
+    Tile y;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) spans.start.x[i][j] = spans.end.x[i][j] = 1;
-    return spans;
+        for (int j = 0; j < 4; j++) y.x[i][j] = x.x[i][j] * (by.x[i][j] * and_by[i]);
+    return y;
 }
 
-template <int LEVEL>
-DEVICE void widen(Spans& spans, int q) {
+DEVICE void add_scaled(Tile& sum, const Tile& x, const Tile& by, const float (&and_by)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float(&start)[4] = spans.start.x[i], (&end)[4] = spans.end.x[i], (&whole)[4] = spans.whole.x[i];
-        if constexpr (LEVEL == 0) {
-            start[1] = whole[0], end[0] = whole[1], whole[0] *= whole[1];
-            start[3] = whole[2], end[2] = whole[3], whole[2] *= whole[3];
-        } else if constexpr (LEVEL == 1) {
-            start[2] *= whole[0], start[3] *= whole[0], end[0] *= whole[2], end[1] *= whole[2], whole[0] *= whole[2];
-        } else {
-            constexpr int LANES = 1 << (LEVEL - 2);
-            const float other = __shfl_xor_sync(~0u, whole[0], LANES);
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) start[j] *= q & LANES ? other : 1, end[j] *= q & LANES ? 1 : other;
-            whole[0] *= other;
-        }
-    }
+        for (int j = 0; j < 4; j++) sum.x[i][j] += x.x[i][j] * (by.x[i][j] * and_by[i]);
 }
 
-// Sums for the gradients of log decays: what reads at t passes the decays before t in its block, what s writes those after s.
-// With blocks halved as above, a step of a first half gets all reads of the second, one of the second all writes of the first.
-template <int N>
-struct Level {
-    static constexpr int value = N;
-};
-
-struct Passing {
-    float read[2], write[2];              // halves of 1: by the pair of columns
-    float read4, write4;                  // halves of 2
-    float read8, write8, read16, write16; // halves of 4 and 8, this lane's part
-};
-
-template <int LEVEL>  // blocks of 2^LEVEL
-DEVICE void pass(Passing& p, const float (&read)[4], const float (&write)[4]) {
-    p.read[0] += read[1], p.read[1] += read[3], p.write[0] += write[0], p.write[1] += write[2];
-    if constexpr (LEVEL >= 2) p.read4 += read[2] + read[3], p.write4 += write[0] + write[1];
-    if constexpr (LEVEL >= 3) {
-        const float reads = (read[0] + read[1]) + (read[2] + read[3]), writes = (write[0] + write[1]) + (write[2] + write[3]);
-        p.read8 += reads, p.write8 += writes;
-        if constexpr (LEVEL >= 4) p.read16 += reads, p.write16 += writes;
-    }
+DEVICE float dot(const float (&a)[4], const float (&b)[4]) {
+    return (a[0] * b[0] + a[1] * b[1]) + (a[2] * b[2] + a[3] * b[3]);
 }
 
 // A block takes a chunk of a head and 64 of its keys, a warp 16 of these. Tiles have keys as rows, and steps or values as columns.
@@ -576,12 +586,13 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
         }
         cp_async_commit();
     };
-    const auto fetch = [&](const T* from, int n) {  // a tile of steps 16 n, ...
+    const int first = chunk * CHUNK + 4 * q;  // this lane's columns are the steps first + 16 n + j
+    const int64_t origin = base + first * stride + key;
+    const auto fetch = [&](const T* from, int n) {
         Tile tile;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int t = chunk * CHUNK + n * TILE + 4 * q + j;
-            const Few<T, 2> few = load<2>(from + base + t * stride + key, mine && t < steps);
+            const Few<T, 2> few = load<2>(from + origin + (n * TILE + j) * stride, mine && first + n * TILE + j < steps);
             tile.x[0][j] = number(few, 0), tile.x[1][j] = number(few, 1);
         }
         return tile;
@@ -590,11 +601,11 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
         Tile decay;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const bool there = chunk * CHUNK + n * TILE + 4 * q + j < steps;
+            const bool there = first + n * TILE + j < steps;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                rate.x[i][j] = expf(rate.x[i][j]);
-                decay.x[i][j] = there ? expf(-rate.x[i][j]) : 1.0f;
+                rate.x[i][j] = expf(there ? rate.x[i][j] : ENDLESS);
+                decay.x[i][j] = expf(-rate.x[i][j]);
             }
         }
         return decay;
@@ -616,16 +627,11 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
     float whole[TILES][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-        Tile r = fetch(p.r, n), k = fetch(p.k, n), rate = fetch(p.w, n);
-        Spans spans = singles(decay_of(rate, n));
-        widen<0>(spans, q), widen<1>(spans, q), widen<2>(spans, q), widen<3>(spans, q);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            whole[n][i] = spans.whole.x[i][0];
-#pragma unroll
-            for (int j = 0; j < 4; j++) r.x[i][j] *= spans.start.x[i][j], k.x[i][j] *= spans.end.x[i][j];
-        }
-        keep(n, READ, r), keep(n, WRITE, k);
+        const Tile r = fetch(p.r, n), k = fetch(p.k, n);
+        Tile rate = fetch(p.w, n);
+        const Spans spans = spans_of(decay_of(rate, n), q);
+        whole[n][0] = spans.whole[0], whole[n][1] = spans.whole[1];
+        keep(n, READ, scale(r, spans.start, spans.start16)), keep(n, WRITE, scale(k, spans.end, spans.end16));
     }
 
     // dread and dwrite are the gradients of what `scaled` has; first by the states on either side, and dy v' of all pairs.
@@ -658,16 +664,16 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
             const Operand<P> of_s = operand<P>(s), of_d = operand<P>(d);
 #pragma unroll
             for (int n = 0; n < TILES; n++) {
-                multiply(dread[n], of_s, given<T>(rows(dys + n * TILE * V_LINE + m, V_LINE, g, q)));
-                multiply(dwrite[n], of_d, given<T>(rows(values + n * TILE * V_LINE + m, V_LINE, g, q)));
+                add_product(dread[n], of_s, given<T>(rows(dys + n * TILE * V_LINE + m, V_LINE, g, q)));
+                add_product(dwrite[n], of_d, given<T>(rows(values + n * TILE * V_LINE + m, V_LINE, g, q)));
             }
         }
         for (int n = warp; n < PAIRS; n += warps) {
             const int t = n >= 6 ? 3 : n >= 3 ? 2 : n >= 1 ? 1 : 0, at = n - pair(t, 0);
             Tile of_pairs = {};
             for (int m = 0; m < GROUP && from + m < size; m += TILE)
-                multiply(of_pairs, given<T>(rows(dys + t * TILE * V_LINE + m, V_LINE, g, q)),
-                         given<T>(rows(values + at * TILE * V_LINE + m, V_LINE, g, q)));
+                add_product(of_pairs, given<T>(rows(dys + t * TILE * V_LINE + m, V_LINE, g, q)),
+                            given<T>(rows(values + at * TILE * V_LINE + m, V_LINE, g, q)));
             if (from) {
                 const Tile sofar = rows(pairs + n * TILE * LINE, LINE, g, q);
 #pragma unroll
@@ -712,9 +718,8 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
 #pragma unroll
         for (int at = 0; at < t; at++) {
             const float* const of_pairs = pairs + pair(t, at) * TILE * LINE;
-            Tile dreads = {}, dwrites = {};
-            multiply(dreads, operand<P>(kept(at, WRITE)), operand<P>(rows(of_pairs, LINE, g, q)));
-            multiply(dwrites, of_read, operand<P>(columns(of_pairs, LINE, g, q)));
+            const Tile dreads = multiply(operand<P>(kept(at, WRITE)), operand<P>(rows(of_pairs, LINE, g, q)));
+            const Tile dwrites = multiply(of_read, operand<P>(columns(of_pairs, LINE, g, q)));
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float between = 1, reads = 0;
@@ -735,98 +740,70 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2) gradients(const G
 #pragma unroll
     for (int n = 0; n < TILES; n++) keep(n, READ, dread[n]), keep(n, WRITE, dwrite[n]);
 
-    // Within each tile, where everything comes together.
+    // Within each tile, where everything comes together: first what passes most decays. With blocks halved, the log decay of a
+    // step in the first half of one has, in its gradient, all that reads in the second half and passes its start; that of a
+    // step in the second half, all that is written in the first and passes its end.
     float u[2], du[2] = {};
     read(u, p.u + head % heads * size + key, mine);
 #pragma unroll 1
     for (int n = 0; n < TILES; n++) {
         const float* const of_pairs = pairs + pair(n, n) * TILE * LINE;
-        float here_pairs[4][4];  // of this lane's columns
+        const Tile r = fetch(p.r, n), k = fetch(p.k, n);
+        Tile rate = fetch(p.w, n);
+        const Tile decay = decay_of(rate, n);
+        const Spans spans = spans_of(decay, q);
+        const auto part = [&](auto level, Tile& dr, Tile& dk, const float(&start)[2], const float(&end)[2]) {
+            Tile forth = rows(of_pairs, LINE, g, q), back = columns(of_pairs, LINE, g, q);
+            const int row = g >> (decltype(level)::value - 1), column = q >> (decltype(level)::value - 2);  // blocks of 2^level
+            if (!(row % 2 && column == row - 1)) forth = {};
+            if (!(column % 2 && row == column - 1)) back = {};
+            add_scaled(dr, multiply(operand<P>(scale(k, spans.end, end)), operand<P>(forth)), spans.start, start);
+            add_scaled(dk, multiply(operand<P>(scale(r, spans.start, start)), operand<P>(back)), spans.end, end);
+        };
+        const float none[2] = {1, 1};
+        float of_lanes[2];  // what all of a lane's columns have
+        Tile dr = scale(kept(n, READ), spans.start, spans.start16), dk = scale(kept(n, WRITE), spans.end, spans.end16);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float far = q & 2 ? dot(r.x[i], dr.x[i]) : dot(k.x[i], dk.x[i]);
+            far += __shfl_xor_sync(~0u, far, 1);
+            far = __shfl_xor_sync(~0u, far, 2);
+            float of_tile = passing[0][i];
+#pragma unroll
+            for (int m = 1; m < TILES; m++) of_tile = n == m ? passing[m][i] : of_tile;
+            of_lanes[i] = far + sum_columns(of_tile);
+        }
+        part(Level<3>{}, dr, dk, spans.start8, spans.end8);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            of_lanes[i] += __shfl_xor_sync(~0u, q & 1 ? dot(r.x[i], dr.x[i]) : dot(k.x[i], dk.x[i]), 1);
+        part(Level<2>{}, dr, dk, none, none);
+
+        float own[4][4];  // of the pairs, those of this lane's columns
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
-            for (int m = 0; m <= j; m++) here_pairs[j][m] = of_pairs[(4 * q + j) * LINE + 4 * q + m];
-        const Tile r = fetch(p.r, n), k = fetch(p.k, n);
-        Tile rate = fetch(p.w, n), dr, dk;
-        const Tile decay = decay_of(rate, n);
-        Spans spans = singles(decay);
-        Passing sums[2] = {};
+            for (int m = 0; m <= j; m++) own[j][m] = of_pairs[(4 * q + j) * LINE + 4 * q + m];
+        Tile dw;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float(&R)[4] = r.x[i], (&K)[4] = k.x[i], (&D)[4] = decay.x[i];
             float(&dR)[4] = dr.x[i], (&dK)[4] = dk.x[i];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float own = here_pairs[j][j];
-                dR[j] = u[i] * K[j] * own, dK[j] = u[i] * R[j] * own, du[i] += R[j] * K[j] * own;
-            }
-            // neighbours, then blocks of 2 next to each other
-            dR[1] += K[0] * here_pairs[1][0], dK[0] += R[1] * here_pairs[1][0];
-            dR[3] += K[2] * here_pairs[3][2], dK[2] += R[3] * here_pairs[3][2];
+            const float first = of_lanes[i] + (R[2] * dR[2] + R[3] * dR[3]), second = of_lanes[i] + (K[0] * dK[0] + K[1] * dK[1]);
             const float write[2] = {K[0] * D[1], K[1]}, read[2] = {R[2], R[3] * D[2]};
-            const float dreads[2] = {write[0] * here_pairs[2][0] + write[1] * here_pairs[2][1],
-                                     write[0] * here_pairs[3][0] + write[1] * here_pairs[3][1]};
-            const float dwrites[2] = {read[0] * here_pairs[2][0] + read[1] * here_pairs[3][0],
-                                      read[0] * here_pairs[2][1] + read[1] * here_pairs[3][1]};
-            dR[2] += dreads[0], dR[3] += dreads[1] * D[2], dK[0] += dwrites[0] * D[1], dK[1] += dwrites[1];
-            pass<1>(sums[i], {0, 0, 0, dreads[1] * read[1]}, {dwrites[0] * write[0], 0, 0, 0});
-        }
-        const auto add = [&](auto level, const Tile& dreads, const Tile& dwrites) {
+            dR[2] += write[0] * own[2][0] + write[1] * own[2][1], dR[3] += D[2] * (write[0] * own[3][0] + write[1] * own[3][1]);
+            dK[0] += D[1] * (read[0] * own[2][0] + read[1] * own[3][0]), dK[1] += read[0] * own[2][1] + read[1] * own[3][1];
+            dw.x[i][0] = -rate.x[i][0] * (first + R[1] * dR[1]), dw.x[i][1] = -rate.x[i][1] * (first + K[0] * dK[0]);
+            dw.x[i][2] = -rate.x[i][2] * (second + R[3] * dR[3]), dw.x[i][3] = -rate.x[i][3] * (second + K[2] * dK[2]);
+            dR[1] += K[0] * own[1][0], dK[0] += R[1] * own[1][0];
+            dR[3] += K[2] * own[3][2], dK[2] += R[3] * own[3][2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float reads[4], writes[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float to_r = dreads.x[i][j] * spans.start.x[i][j], to_k = dwrites.x[i][j] * spans.end.x[i][j];
-                    dr.x[i][j] += to_r, reads[j] = to_r * r.x[i][j];
-                    dk.x[i][j] += to_k, writes[j] = to_k * k.x[i][j];
-                }
-                pass<decltype(level)::value>(sums[i], reads, writes);
-            }
-        };
-        const auto part = [&](auto level) {  // pairs of neighbouring blocks of 2^level
-            Tile read, write, forth = rows(of_pairs, LINE, g, q), back = columns(of_pairs, LINE, g, q), dreads = {}, dwrites = {};
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    read.x[i][j] = r.x[i][j] * spans.start.x[i][j], write.x[i][j] = k.x[i][j] * spans.end.x[i][j];
-                    const int row = (2 * g + i) >> level.value, column = (4 * q + j) >> level.value;
-                    if (!(row % 2 && column == row - 1)) forth.x[i][j] = 0;
-                    if (!(column % 2 && row == column - 1)) back.x[i][j] = 0;
-                }
-            multiply(dreads, operand<P>(write), operand<P>(forth));
-            multiply(dwrites, operand<P>(read), operand<P>(back));
-            add(level, dreads, dwrites);
-        };
-        widen<0>(spans, q), widen<1>(spans, q);
-        part(Level<2>{});
-        widen<2>(spans, q);
-        part(Level<3>{});
-        widen<3>(spans, q);
-        add(Level<4>{}, kept(n, READ), kept(n, WRITE));
-
-        Tile dw;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const Passing& sum = sums[i];
-            float far = q & 2 ? sum.read16 : sum.write16, near = q & 1 ? sum.read8 : sum.write8;
-            far += __shfl_xor_sync(~0u, far, 1);
-            far = __shfl_xor_sync(~0u, far, 2), near = __shfl_xor_sync(~0u, near, 1);
-            float whole_tiles = passing[0][i];
-#pragma unroll
-            for (int m = 1; m < TILES; m++) whole_tiles = n == m ? passing[m][i] : whole_tiles;
-            const float all = sum_columns(whole_tiles) + far + near;
-            const float local[4] = {sum.read4 + sum.read[0], sum.read4 + sum.write[0], sum.write4 + sum.read[1],
-                                    sum.write4 + sum.write[1]};
-#pragma unroll
-            for (int j = 0; j < 4; j++) dw.x[i][j] = -rate.x[i][j] * (all + local[j]);
+            for (int j = 0; j < 4; j++) dR[j] += u[i] * K[j] * own[j][j], dK[j] += u[i] * R[j] * own[j][j], du[i] += R[j] * K[j] * own[j][j];
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int t = chunk * CHUNK + n * TILE + 4 * q + j;
-            const int64_t at = base + t * stride + key;
-            const bool there = mine && t < steps;
+            const int64_t at = origin + (n * TILE + j) * stride;
+            const bool there = mine && first + n * TILE + j < steps;
             store<T, 2>(p.dr + at, {dr.x[0][j], dr.x[1][j]}, there);
             store<T, 2>(p.dk + at, {dk.x[0][j], dk.x[1][j]}, there);
             store<T, 2>(p.dw + at, {dw.x[0][j], dw.x[1][j]}, there);
