@@ -141,7 +141,7 @@ def with_gradients(call: Call, inputs: Sequence[Tensor]) -> Call:
 def draw(name: str, shape: Sequence[int], device: str) -> list[Tensor]:
     """Inputs like the model's, bfloat16, and a float32 state."""
     torch.manual_seed(0)
-    batch, steps, *_ = shape
+    batch, _, *_ = shape
 
     def x(*size: int) -> Tensor:
         return torch.randn(size or tuple(shape), device=device).bfloat16()

@@ -168,6 +168,8 @@ def _forward(
     dtype = torch.float32 if slow_in(hidden) else hidden.dtype
     rows = _rows(len(learned), len(weight) * dtype.itemsize)
     logits = hidden[:0].to(dtype).new_empty(rows, len(weight))
+    if form == "cpu":
+        build.function("head_loss", "rwkv_large_pages", "2q")(logits.data_ptr(), logits.nbytes)
     for start in range(0, len(learned), rows):
         at = slice(start, start + rows) if len(learned) == len(targets) else learned[start : start + rows]
         h = hidden[at].to(dtype)
@@ -208,11 +210,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # nobody has one for the other outputs: these would be zeros of their sizes
     ctx.save_for_backward(*output[2:])
     ctx.weight_dtype = inputs[1].dtype
 
 
-def _grad(ctx: Any, scale: Tensor, *_of_others: Tensor) -> tuple[Tensor | None, ...]:
+def _grad(ctx: Any, scale: Tensor | None, *_of_others: None) -> tuple[Tensor | None, ...]:
+    if scale is None:
+        return (None,) * 8
     dhidden, dweight = ctx.saved_tensors
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     return (

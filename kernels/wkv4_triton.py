@@ -1,12 +1,13 @@
-"""WKV-4 in Triton, on NVIDIA and AMD. The operator and its notation are in `kernels.wkv4`.
+"""WKV-4 in Triton: chunks in parallel in time, on NVIDIA and AMD. The operator and its notation are in `kernels.wkv4`.
 
-The sums e^p (a, b) obey x_{t+1} = e^l x_t + e^{k_t} (v_t, 1), so chunks of time run side by side: `_summarize` gives what each
-adds to nothing, `_pass` takes the state through the chunks, one step each, and `_average` gives y from the state before
-each. The gradients of the sums obey such an equation too, backwards: `_summarize_gradient`, `_pass` and `_gradients`. A program
-has one chunk of a block of channels, or all chunks of one in `_pass`.
+Forwards the sums are x_{t+1} = e^l x_t + e^{k_t} (v_t, 1). Backwards, from the end, their gradients are such sums too, of
+e^{-m_t} (g_t, -g_t y_t), where e^m is the unit of the weight that y is divided by, and g is dy by that weight in its unit. Both
+are held as e^p (a, b), and made in three short scans: `_sums` over the steps of every chunk from nothing, all chunks at once,
+which gives what a chunk adds; `_scan` over the chunks, which gives the sums before each; and over the steps again from those,
+by `_outputs` and `_gradients`. The sums before each chunk are kept for the backward, which first makes those before each step.
 
-A channel and token costs, in bfloat16, 10 bytes of memory traffic forwards (k and v twice, y) and 44 backwards, of which 24 are
-the states within the chunks, that `_summarize_gradient` leaves to `_gradients`.
+What it costs a channel and step in bfloat16: forwards 10 bytes of memory traffic and 9 exponentials, backwards 60 bytes and 20.
+There are B T / CHUNK times C / CHANNELS programs, of one warp and `CHUNK` steps, and for `_scan` B C / CHANNELS, of T / CHUNK.
 """
 
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
@@ -16,217 +17,201 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 32
-"""Steps from one kept state to the next: those of a program."""
+from kernels.wkv7_triton import load, readable, store
 
-_CHANNELS = 128
-"""Of a program: one for each thread of four warps."""
+CHUNK = 64
+"""Steps done one after another, in all chunks at once."""
+
+CHANNELS = 64
+"""Channels of one program."""
 
 _NOTHING = tl.constexpr(-1e38)
 
-# In memory (a, b, p) are rows of C one after the other, as in the state (B, 3, C).
-
-
-@triton.jit
-def _load(x, at, inside):
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+# k, v, dy are (B, T, C), w and u (C,). Sums are rows of a, b and p, (..., 3, C): of each chunk (chunks, B, 3, C), of each
+# step (B, T + 1, 3, C).
 
 
 @triton.jit
 def _load_sums(x, at, C, inside):
-    return _load(x, at, inside), _load(x, at + C, inside), _load(x, at + 2 * C, inside)
+    return load(x, at, inside), load(x + C, at, inside), load(x + 2 * C, at, inside)
 
 
 @triton.jit
 def _store_sums(x, at, C, inside, a, b, p):
-    tl.store(x + at, a, mask=inside)
-    tl.store(x + at + C, b, mask=inside)
-    tl.store(x + at + 2 * C, p, mask=inside)
+    store(x, at, inside, a)
+    store(x + C, at, inside, b)
+    store(x + 2 * C, at, inside, p)
 
 
 @triton.jit
-def _add(a, b, p, log_decay, more_a, more_b, more_p):
-    """The sums a step later: decayed, and e^more_p (more_a, more_b) added."""
-    after = tl.maximum(log_decay + p, more_p)
-    keep = tl.exp(log_decay + (p - after))  # in this order it undoes the rounding of p
-    add = tl.exp(more_p - after)
-    return keep * a + add * more_a, keep * b + add * more_b, after
+def _join(log_decay, a, b, p, x, y, e):
+    """The sum of e^p (a, b), decayed, and e^e (x, y)."""
+    largest = tl.maximum(log_decay + p, e)
+    keep, add = tl.exp(log_decay + (p - largest)), tl.exp(e - largest)  # in this order it undoes the rounding of p
+    return keep * a + add * x, keep * b + add * y, largest
 
 
 @triton.jit
-def _mean(a, b, p, u, k, v):
-    """y; the exponent of its weights; the weight of the step's own value, and of all."""
-    now = u + k
-    largest = tl.maximum(p, now)
-    before = tl.exp(p - largest)
-    own = tl.exp(now - largest)
-    weight = before * b + own
-    return (before * a + own * v) / weight, largest, own, weight
+def _average(k, v, u, a, b, p):
+    """The output y, the unit of the weight that it is divided by, the current value's share of that, and the whole weight."""
+    largest = tl.maximum(p, u + k)
+    before, here = tl.exp(p - largest), tl.exp(u + k - largest)
+    weight = before * b + here
+    return (before * a + here * v) / weight, largest, here, weight
 
 
 @triton.jit
-def _summarize(k, v, w, added, T, C, L: tl.constexpr, WIDTH: tl.constexpr):
-    """What a chunk adds to the sums, (B, chunks, 3, C)."""
-    chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = channel < C
-    log_decay = -tl.exp(_load(w, channel, inside))
-    a = tl.zeros((WIDTH,), tl.float32)
-    b = tl.zeros((WIDTH,), tl.float32)
-    p = tl.full((WIDTH,), _NOTHING, tl.float32)
-    first = chunk * L
-    for t in range(first, tl.minimum(first + L, T)):
-        at = (row * T + t) * C + channel
-        a, b, p = _add(a, b, p, log_decay, _load(v, at, inside), 1.0, _load(k, at, inside))
-    _store_sums(added, (row * tl.num_programs(0) + chunk) * 3 * C + channel, C, inside, a, b, p)
+def _place(chunks, C, CHANNELS: tl.constexpr):
+    """Which batch row, chunk and channels a program does, and which of the channels exist."""
+    blocks = tl.cdiv(C, CHANNELS)
+    at = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return tl.program_id(0) // blocks // chunks, tl.program_id(0) // blocks % chunks, at, at < C
 
 
 @triton.jit
-def _pass(w, first, added, passed, last, T, C, chunks, BACK: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
-    """The sums before each chunk in the order of passing, (B, chunks, 3, C), and after all, (B, 3, C), from `first`."""
-    row = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = channel < C
-    log_decay = -tl.exp(_load(w, channel, inside))
-    a, b, p = _load_sums(first, row * 3 * C + channel, C, inside)
-    for i in range(chunks):
-        chunk = chunks - 1 - i if BACK else i
-        at = (row * chunks + chunk) * 3 * C + channel
-        _store_sums(passed, at, C, inside, a, b, p)
-        steps = tl.minimum(L, T - chunk * L)
-        more_a, more_b, more_p = _load_sums(added, at, C, inside)
-        a, b, p = _add(a, b, p, log_decay * steps, more_a, more_b, more_p)
-    _store_sums(last, row * 3 * C + channel, C, inside, a, b, p)
+def _sums(
+    k, v, w, u, steps, dy, sums, B, T, C, chunks, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr
+):
+    """What one chunk adds, with nothing before it. Backwards, with `steps`, to the gradients."""
+    batch, chunk, at, inside = _place(chunks, C, CHANNELS)
+    first = chunk * CHUNK
+    count = tl.minimum(T - first, CHUNK)
+    row = (batch.to(tl.int64) * T + first) * C
+    log_decay, bonus = -tl.exp(load(w, at, inside)), load(u, at, inside)
+    a, b = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    p = tl.full((CHANNELS,), _NOTHING, tl.float32)
+    for i in tl.range(count, num_stages=4):
+        t = count - 1 - i if REVERSE else i
+        key, value = load(k + row + t * C, at, inside), load(v + row + t * C, at, inside)
+        if REVERSE:
+            here = (batch.to(tl.int64) * (T + 1) + first + t) * (3 * C)
+            y, e, _, weight = _average(key, value, bonus, *_load_sums(steps + here, at, C, inside))
+            g = load(dy + row + t * C, at, inside) / weight
+            a, b, p = _join(log_decay, a, b, p, g, -g * y, -e)
+        else:
+            a, b, p = _join(log_decay, a, b, p, value, 1.0, key)
+    _store_sums(sums + (chunk.to(tl.int64) * B + batch) * (3 * C), at, C, inside, a, b, p)
 
 
 @triton.jit
-def _average(k, v, w, u, before, y, T, C, L: tl.constexpr, WIDTH: tl.constexpr):
-    chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = channel < C
-    log_decay, bonus = -tl.exp(_load(w, channel, inside)), _load(u, channel, inside)
-    a, b, p = _load_sums(before, (row * tl.num_programs(0) + chunk) * 3 * C + channel, C, inside)
-    first = chunk * L
-    for t in range(first, tl.minimum(first + L, T)):
-        at = (row * T + t) * C + channel
-        key, value = _load(k, at, inside), _load(v, at, inside)
-        mean, _, _, _ = _mean(a, b, p, bonus, key, value)
-        tl.store(y + at, mean.to(y.dtype.element_ty), mask=inside)
-        a, b, p = _add(a, b, p, log_decay, value, 1.0, key)
+def _scan(
+    start, w, steps, kept, sums, borders, dstate, B, T, C, chunks,
+    CHUNK: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The sums before each chunk. Backwards, the gradients after each, and those of the first state."""
+    batch, _, at, inside = _place(1, C, CHANNELS)
+    log_decay = -tl.exp(load(w, at, inside))
+    a, b, p = _load_sums(start + batch * (3 * C), at, C, inside)
+    if REVERSE:
+        p = -load(steps + ((batch.to(tl.int64) + 1) * (T + 1) * 3 - 1) * C, at, inside)
+    for i in tl.range(chunks, num_stages=4):
+        chunk = chunks - 1 - i if REVERSE else i
+        here = (chunk * B + batch.to(tl.int64)) * (3 * C)
+        _store_sums(borders + here, at, C, inside, a, b, p)
+        x, y, e = _load_sums(sums + here, at, C, inside)
+        a, b, p = _join(log_decay * tl.minimum(T - chunk * CHUNK, CHUNK), a, b, p, x, y, e)
+    if REVERSE:
+        unit = tl.exp(p + load(kept + (batch * 3 + 2) * C, at, inside))
+        _store_sums(dstate + batch * (3 * C), at, C, inside, a * unit, b * unit, tl.zeros((CHANNELS,), tl.float32))
 
 
 @triton.jit
-def _summarize_gradient(k, v, w, u, dy, before, states, added, T, C, L: tl.constexpr, WIDTH: tl.constexpr):
-    """The state before each step, (B, T, 3, C), and what a chunk adds to the gradients of the sums."""
-    chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = channel < C
-    log_decay, bonus = -tl.exp(_load(w, channel, inside)), _load(u, channel, inside)
-    chunk_at = (row * tl.num_programs(0) + chunk) * 3 * C + channel
-    a, b, p = _load_sums(before, chunk_at, C, inside)
-    first = chunk * L
-    end = tl.minimum(first + L, T)
-    for t in range(first, end):
-        at = row * T + t
-        _store_sums(states, at * 3 * C + channel, C, inside, a, b, p)
-        key, value = _load(k, at * C + channel, inside), _load(v, at * C + channel, inside)
-        a, b, p = _add(a, b, p, log_decay, value, 1.0, key)
-    da = tl.zeros((WIDTH,), tl.float32)
-    db = tl.zeros((WIDTH,), tl.float32)
-    q = tl.full((WIDTH,), _NOTHING, tl.float32)
-    for i in range(end - first):
-        at = row * T + end - 1 - i
-        a, b, p = _load_sums(states, at * 3 * C + channel, C, inside)
-        key, value = _load(k, at * C + channel, inside), _load(v, at * C + channel, inside)
-        mean, largest, _, weight = _mean(a, b, p, bonus, key, value)
-        g = _load(dy, at * C + channel, inside) / weight
-        da, db, q = _add(da, db, q, log_decay, g, -g * mean, -largest)
-    _store_sums(added, chunk_at, C, inside, da, db, q)
+def _outputs(
+    kept, k, v, w, u, y, steps, final, B, T, C, chunks,
+    CHUNK: tl.constexpr, CHANNELS: tl.constexpr, REPLAY: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one chunk, and the last state. REPLAY: instead the sums before each step, and the last."""
+    batch, chunk, at, inside = _place(chunks, C, CHANNELS)
+    first = chunk * CHUNK
+    count = tl.minimum(T - first, CHUNK)
+    row, here = (batch.to(tl.int64) * T + first) * C, (batch.to(tl.int64) * (T + 1) + first) * (3 * C)
+    log_decay, bonus = -tl.exp(load(w, at, inside)), load(u, at, inside)
+    a, b, p = _load_sums(kept + (chunk.to(tl.int64) * B + batch) * (3 * C), at, C, inside)
+    for t in tl.range(count, num_stages=4):
+        key, value = load(k + row + t * C, at, inside), load(v + row + t * C, at, inside)
+        if REPLAY:
+            _store_sums(steps + here + t * (3 * C), at, C, inside, a, b, p)
+        else:
+            out, _, _, _ = _average(key, value, bonus, a, b, p)
+            store(y + row + t * C, at, inside, out)
+        a, b, p = _join(log_decay, a, b, p, value, 1.0, key)
+    if chunk == chunks - 1:
+        if REPLAY:
+            _store_sums(steps + here + count * (3 * C), at, C, inside, a, b, p)
+        else:
+            _store_sums(final + batch * (3 * C), at, C, inside, a, b, p)
 
 
 @triton.jit
 def _gradients(
-    k, v, w, u, dy, states, after, dk, dv, dw, du, T, C, L: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """dk, dv, and each chunk's share of dw and du, (B, chunks, C)."""
-    chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = channel < C
-    log_decay, bonus = -tl.exp(_load(w, channel, inside)), _load(u, channel, inside)
-    chunk_at = row * tl.num_programs(0) + chunk
-    da, db, q = _load_sums(after, chunk_at * 3 * C + channel, C, inside)
-    of_decay = tl.zeros((WIDTH,), tl.float32)
-    of_bonus = tl.zeros((WIDTH,), tl.float32)
-    first = chunk * L
-    end = tl.minimum(first + L, T)
-    for i in range(end - first):
-        at = row * T + end - 1 - i
-        a, b, p = _load_sums(states, at * 3 * C + channel, C, inside)
-        at = at * C + channel
-        key, value = _load(k, at, inside), _load(v, at, inside)
-        mean, largest, own, weight = _mean(a, b, p, bonus, key, value)
-        g = _load(dy, at, inside) / weight
-        through_state = tl.exp(key + q)
-        of_now = g * own * (value - mean)
-        tl.store(dk + at, (through_state * (da * value + db) + of_now).to(dk.dtype.element_ty), mask=inside)
-        tl.store(dv + at, (through_state * da + g * own).to(dv.dtype.element_ty), mask=inside)
-        of_bonus += of_now
-        of_decay += tl.exp(log_decay + (p + q)) * (da * a + db * b)
-        da, db, q = _add(da, db, q, log_decay, g, -g * mean, -largest)
-    tl.store(dw + chunk_at * C + channel, of_decay * log_decay, mask=inside)
-    tl.store(du + chunk_at * C + channel, of_bonus, mask=inside)
+    after, k, v, w, u, steps, dy, dk, dv, parts, B, T, C, chunks, CHUNK: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """The gradients dk and dv of one chunk, and its part of those of the log decay and of u."""
+    batch, chunk, at, inside = _place(chunks, C, CHANNELS)
+    first = chunk * CHUNK
+    count = tl.minimum(T - first, CHUNK)
+    row, here = (batch.to(tl.int64) * T + first) * C, (batch.to(tl.int64) * (T + 1) + first) * (3 * C)
+    log_decay, bonus = -tl.exp(load(w, at, inside)), load(u, at, inside)
+    border = chunk.to(tl.int64) * B + batch
+    da, db, q = _load_sums(after + border * (3 * C), at, C, inside)
+    dlog_decay, du = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    for i in tl.range(count, num_stages=4):
+        t = count - 1 - i
+        key, value = load(k + row + t * C, at, inside), load(v + row + t * C, at, inside)
+        a, b, p = _load_sums(steps + here + t * (3 * C), at, C, inside)
+        y, largest, share, weight = _average(key, value, bonus, a, b, p)
+        g = load(dy + row + t * C, at, inside) / weight
+        by_state, by_y = tl.exp(key + q), g * share
+        more = by_y * (value - y)
+        store(dk + row + t * C, at, inside, by_state * (da * value + db) + more)
+        store(dv + row + t * C, at, inside, by_state * da + by_y)
+        du += more
+        dlog_decay += tl.exp(log_decay + p + q) * (da * a + db * b)
+        da, db, q = _join(log_decay, da, db, q, g, -g * y, -largest)
+    store(parts + border * (2 * C), at, inside, dlog_decay * log_decay)
+    store(parts + border * (2 * C) + C, at, inside, du)
 
 
 def kept(steps: int, state: Tensor) -> Tensor:
-    """What `forward` leaves to `backward` of `steps` steps, not initialised: the state before each chunk, and the last p."""
-    batch, _, channels = state.shape
-    return state.new_empty(batch * (-(-steps // CHUNK) * 3 + 1) * channels)
+    """Memory for what `forward` keeps: the sums before each chunk."""
+    return state.new_empty((triton.cdiv(steps, CHUNK), *state.shape), dtype=torch.float32)
 
 
 def forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.wkv4`."""
-    (k_, v_), w, u, state = _readable(k, v), w.contiguous(), u.contiguous(), state.contiguous()
-    batch, steps, channels = k.shape
-    chunks, blocks = triton.cdiv(steps, CHUNK), triton.cdiv(channels, _CHANNELS)
-    left = kept(steps, state)
-    before, last_p = left[: -batch * channels].view(batch, chunks, 3, channels), left[-batch * channels :]
-    added, final, y = torch.empty_like(before), torch.empty_like(state), torch.empty_like(k_)
-    sizes = {"T": steps, "C": channels, "L": CHUNK, "WIDTH": _CHANNELS}
+    """y, the last state, and what `backward` needs if `keep`."""
+    dtype = k.dtype
+    k, v, w, u = (readable(x) for x in (k, v, w, u))
+    start, before = state.float().contiguous(), kept(k.shape[1], state)
+    y, final, sums = torch.empty_like(k), torch.empty_like(start), torch.empty_like(before)
     with torch.cuda.device(k.get_device()):
-        _summarize[(chunks, blocks, batch)](k_, v_, w, added, **sizes)
-        _pass[(blocks, batch)](w, state, added, before, final, chunks=chunks, BACK=False, **sizes)
-        _average[(chunks, blocks, batch)](k_, v_, w, u, before, y, **sizes)
-    last_p.copy_(final[:, 2].reshape(-1))
-    return y.to(k.dtype), final, left if keep else state.new_empty(0)
+        _start(_sums, k, True, k, v, w, u, None, None, sums, REVERSE=False)
+        _start(_scan, k, False, start, w, None, None, sums, before, None, REVERSE=False)
+        _start(_outputs, k, True, before, k, v, w, u, y, None, final, REPLAY=False)
+    return y.to(dtype), final.to(state.dtype), before if keep else state.new_empty(0)
 
 
 def backward(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, left: Tensor, dy: Tensor, dfinal: Tensor
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, kept: Tensor, dy: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, ...]:
-    """See `kernels.wkv4`. The states within a chunk are made again, not kept."""
-    k_, v_ = _readable(k, v)
-    w_, u_ = w.contiguous(), u.contiguous()
-    batch, steps, channels = k.shape
-    chunks, blocks = triton.cdiv(steps, CHUNK), triton.cdiv(channels, _CHANNELS)
-    before, last_p = left[: -batch * channels].view(batch, chunks, 3, channels), left[-batch * channels :]
-    dy, dk, dv = dy.to(k_.dtype).contiguous(), torch.empty_like(k_), torch.empty_like(v_)
-    entering = dfinal.contiguous().clone()
-    entering[:, 2] = -last_p.view(batch, channels)
-    states = left.new_empty((batch, steps, 3, channels))
-    added, after, leaving = torch.empty_like(before), torch.empty_like(before), torch.empty_like(entering)
-    shares = left.new_empty((2, batch * chunks, channels))
-    sizes = {"T": steps, "C": channels, "L": CHUNK, "WIDTH": _CHANNELS}
+    """The gradients of k, v, w, u and the first state."""
+    dtypes = [x.dtype for x in (k, v, w, u, dfinal)]
+    k, v, w, u, dy = (readable(x) for x in (k, v, w, u, dy))
+    batch, length, channels = k.shape
+    end, steps = dfinal.float().contiguous(), kept.new_empty((batch, length + 1, 3, channels))
+    dk, dv, dstate, sums, after = (torch.empty_like(x) for x in (k, v, end, kept, kept))
+    parts = kept.new_empty((len(kept) * batch, 2, channels))
     with torch.cuda.device(k.get_device()):
-        _summarize_gradient[(chunks, blocks, batch)](k_, v_, w_, u_, dy, before, states, added, **sizes)
-        _pass[(blocks, batch)](w_, entering, added, after, leaving, chunks=chunks, BACK=True, **sizes)
-        _gradients[(chunks, blocks, batch)](k_, v_, w_, u_, dy, states, after, dk, dv, shares[0], shares[1], **sizes)
-    dw, du = shares.sum(1)
-    dstate = torch.exp(leaving[:, 2:] + before[:, 0, 2:]) * leaving
-    dstate[:, 2] = 0
-    return dk.to(k.dtype), dv.to(v.dtype), dw.to(w.dtype, copy=True), du.to(u.dtype, copy=True), dstate
+        _start(_outputs, k, True, kept, k, v, w, u, None, steps, None, REPLAY=True)
+        _start(_sums, k, True, k, v, w, u, steps, dy, sums, REVERSE=True)
+        _start(_scan, k, False, end, w, steps, kept, sums, after, dstate, REVERSE=True)
+        _start(_gradients, k, True, after, k, v, w, u, steps, dy, dk, dv, parts)
+    dw, du = parts.sum(0)
+    return tuple(x.to(dtype) for x, dtype in zip((dk, dv, dw, du, dstate), dtypes, strict=True))
 
 
-def _readable(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one dtype, which the kernels read and write: bfloat16 if both are, else float32."""
-    dtype = torch.bfloat16 if k.dtype == v.dtype == torch.bfloat16 else torch.float32
-    return k.to(dtype).contiguous(), v.to(dtype).contiguous()
+def _start(kernel: triton.JITFunction, k: Tensor, each_chunk: bool, *tensors: Tensor | None, **flags: bool) -> None:
+    """Start programs of a kernel for all channels of k and batch rows, and for each chunk or all chunks together."""
+    batch, steps, channels = k.shape
+    chunks = triton.cdiv(steps, CHUNK)
+    programs = triton.cdiv(channels, CHANNELS) * batch * (chunks if each_chunk else 1)
+    kernel[(programs,)](*tensors, batch, steps, channels, chunks, CHUNK=CHUNK, CHANNELS=CHANNELS, **flags, num_warps=1)

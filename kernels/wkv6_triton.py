@@ -122,7 +122,7 @@ def _scan(
     begin, last = segment * many, tl.minimum(segment * many + many, chunks)
     store(states + (head + (chunks - begin if REVERSE else begin) * heads) * (N * N), at, inside, state)
     # The state at the next segment's start is known: what the last chunk adds to it is not even read.
-    for i in range(begin, tl.where(last == chunks, last, last - 1)):
+    for i in tl.range(begin, tl.where(last == chunks, last, last - 1), num_stages=4):
         chunk = chunks - 1 - i if REVERSE else i
         if KEEP:  # noqa: SIM102
             if chunk % stride == 0:

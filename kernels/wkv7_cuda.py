@@ -1,4 +1,4 @@
-"""WKV-7 in CUDA C++, csrc/cuda/wkv7.cu: chunks of 16 steps as products on tensor cores. The operator is in `kernels.wkv7`.
+"""WKV-7 in CUDA C++, csrc/cuda/wkv7.h: chunks of 16 steps as products on tensor cores. The operator is in `kernels.wkv7`.
 
 Products are of tf32 for bfloat16 inputs, and as good as float32's for all others. Tensors on the CPU are worked on by the same
 code under a stand-in for a GPU, which is slow: for tests.
@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels import build
 
@@ -16,7 +17,7 @@ SEGMENT = 64
 """Steps from one kept state to the next."""
 
 SOURCES = {64: "wkv7", 128: "wkv7_128", 256: "wkv7_256"}
-"""By the channels that a head may have: a tile is so wide, whatever is in it."""
+"""By the channels that heads have at most: tiles are so wide, whatever is in them."""
 
 Schedule = Literal["fused", "parallel", "auto"]
 
@@ -27,13 +28,11 @@ faster. Tests and benchmarks set it."""
 
 
 class Plan(NamedTuple):
-    """How a shape is run, as rwkv_wkv7_plan in csrc/cuda/wkv7.cu decides."""
+    """How a shape is run, as rwkv_wkv7_plan decides. From the third on, numbers of float32 of scratch."""
 
     parallel: int
     warps: int
-    """of a block, each for 16 rows of values"""
     forward_maps: int
-    """float32 numbers of scratch, as all that follow"""
     states: int
     parts: int
     backward_maps: int
@@ -43,7 +42,8 @@ class Plan(NamedTuple):
 def kept(steps: int, state: Tensor) -> Tensor:
     """What `forward` leaves to `backward` of `steps` steps, not initialised: the state before each segment."""
     batch, heads, size, _ = state.shape
-    return state.new_empty(batch, heads, -(-steps // SEGMENT), size, size)
+    padded = size + -size % 8
+    return state.new_empty(batch, heads, -(-steps // SEGMENT), padded, padded)
 
 
 def forward(
@@ -55,12 +55,15 @@ def forward(
         ValueError: heads of more than 256 channels.
         RuntimeError: CUDA's own.
     """
-    inputs, state = _readable(r, w_raw, k, v, a, b), _aligned(state)
+    size = r.shape[-1]
+    inputs, state = _readable(r, w_raw, k, v, a, b), _aligned(pad(state, (0, -size % 8, 0, -size % 8)))
     shape, plan = _shape(inputs[0])
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
     before = kept(r.shape[1], state) if keep or plan.parallel else state.new_empty(0)
     maps = state.new_empty(plan.forward_maps)
-    _call("rwkv_wkv7_forward", "19q", r.device, r.shape[3], *shape, *inputs, state, y, final, before, maps)
+    _call("rwkv_wkv7_forward", "19q", inputs[0], *shape, *inputs, state, y, final, before, maps)
+    if size % 8:
+        y, final = y[..., :size].contiguous(), final[..., :size, :size].contiguous()
     return y.to(r.dtype), final, before if keep else state.new_empty(0)
 
 
@@ -72,20 +75,24 @@ def backward(
     Raises:
         RuntimeError: CUDA's own.
     """
-    inputs = _readable(r, w_raw, k, v, a, b)
-    dy, dfinal = _aligned(dy.to(inputs[0].dtype)), _aligned(dfinal)
+    size = r.shape[-1]
+    inputs, dfinal = _readable(r, w_raw, k, v, a, b), _aligned(pad(dfinal, (0, -size % 8, 0, -size % 8)))
+    dy = _aligned(pad(dy.to(inputs[0].dtype), (0, -size % 8)))
     shape, plan = _shape(inputs[0])
     grads = [torch.empty_like(x) for x in (*inputs, dfinal)]
     scratch = [dfinal.new_empty(count) for count in (plan.states, plan.parts, plan.backward_maps, plan.ends)]
-    _call("rwkv_wkv7_backward", "28q", r.device, r.shape[3], *shape, *inputs, before, dy, dfinal, *grads, *scratch)
+    _call("rwkv_wkv7_backward", "28q", inputs[0], *shape, *inputs, before, dy, dfinal, *grads, *scratch)
+    if size % 8:
+        grads = [grad[..., :size].contiguous() for grad in grads]
+        grads[6] = grads[6][..., :size, :].contiguous()
     of_inputs = (grad.to(x.dtype) for grad, x in zip(grads, (r, w_raw, k, v, a, b), strict=False))
     return *of_inputs, grads[6]
 
 
 def _readable(*xs: Tensor) -> list[Tensor]:
-    """All in bfloat16, or all in float32."""
+    """All in bfloat16, or all in float32; of a multiple of 8 channels."""
     dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in xs) else torch.float32
-    return [_aligned(x.to(dtype)) for x in xs]
+    return [_aligned(pad(x.to(dtype), (0, -x.shape[-1] % 8))) for x in xs]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -95,29 +102,31 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _shape(x: Tensor) -> tuple[tuple[int, ...], Plan]:
-    """The beginning of a record, and the plan that it is part of."""
+    """The beginning of a record, and the plan that it has a part of."""
     batch, steps, heads, size = x.shape
     if size > max(SOURCES):
-        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {max(SOURCES)} at most; say op='triton' or 'torch'")
-    shape = (batch, steps, heads, size, int(x.dtype == torch.bfloat16))
-    plan = _plan(shape, x.device, schedule)
-    return (*shape, plan.parallel, plan.warps), plan
+        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {max(SOURCES)} at most; say op='triton'")
+    plan = _plan(batch, steps, heads, size, x.dtype, x.device, schedule)
+    return (batch, steps, heads, size, x.dtype == torch.bfloat16, plan.parallel, plan.warps), plan
 
 
 @functools.cache
-def _plan(shape: tuple[int, ...], device: torch.device, schedule: Schedule) -> Plan:
+def _plan(
+    batch: int, steps: int, heads: int, size: int, dtype: torch.dtype, device: torch.device, schedule: Schedule
+) -> Plan:
+    x = torch.empty(1, 1, 1, size, device=device)
     result = torch.empty(len(Plan._fields), dtype=torch.int64)
     asked = ("fused", "parallel", "auto").index(schedule)
-    _call("rwkv_wkv7_plan", "10q", device, shape[3], *shape, asked, 0, 0, result)
+    _call("rwkv_wkv7_plan", "10q", x, batch, steps, heads, size, dtype == torch.bfloat16, asked, 0, 0, result)
     return Plan(*result.tolist())
 
 
-def _call(name: str, fields: str, device: torch.device, size: int, *values: int | Tensor) -> None:
-    """A function for heads of this size, on the current stream. Tensors are passed by address, which is 0 if they are empty."""
-    source = next(source for largest, source in SOURCES.items() if size <= largest)
-    record = [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
-    if device.type == "cpu":
+def _call(name: str, fields: str, x: Tensor, *values: int | Tensor) -> None:
+    """A function for heads like x's, on the current stream. Tensors are passed by address, which is 0 if they are empty."""
+    source = next(source for largest, source in SOURCES.items() if x.shape[-1] <= largest)
+    record = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+    if x.is_cpu:
         build.function(source, name, fields, "host")(*record, 0)
         return
-    with torch.cuda.device(device):
-        build.function(source, name, fields, "cuda")(*record, torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(x.device):
+        build.function(source, name, fields, "cuda")(*record, torch.cuda.current_stream(x.device).cuda_stream)

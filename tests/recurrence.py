@@ -126,13 +126,21 @@ class Contract:
     def names(self) -> tuple[str, ...]:
         return "y", "final", *(f"d{name}" for name in self.inputs)
 
-    def compare(self, xs: Sequence[Tensor], op: Run, yardstick: Run | None = None) -> None:
-        """Assert that `op` is as good as `yardstick`, or the reference, in the same precision."""
+    def compare(
+        self, xs: Sequence[Tensor], op: Run, yardstick: Run | None = None, *, where: Where | None = None
+    ) -> None:
+        """Assert that `op` is as good as `yardstick`, or the reference, in the same precision.
+
+        Tensor cores round the operands of products. On bfloat16 inputs these roundings are less than those of the inputs; a
+        float32 result of a form that uses them is then judged as a bfloat16 one.
+        """
         op, yardstick, truth = (self.comparable(f, xs) for f in (op, yardstick or self.reference, self.reference))
         fast, slow = run(op, xs), run(yardstick, xs)
         exact = run(truth, [x.double() for x in xs], xs[0].dtype)
         for name, got, want, right in zip(self.names, fast, slow, exact, strict=True):
             assert got.dtype == want.dtype, name
+            if where and where.form in ("cuda", "triton") and xs[0].dtype == torch.bfloat16:
+                got, want = got.bfloat16(), want.bfloat16()
             assert_parity(name, got, want, right)
 
     def comparable(self, op: Run, _xs: Sequence[Tensor]) -> Run:
@@ -225,9 +233,10 @@ class Contract:
         xs = self.draw(2, steps)
         check = guard(monkeypatch)
         y, final, kept = self.module._implementation(where.form).forward(*xs, True)
-        self.module._implementation(where.form).backward(*xs[:-1], kept, y.clone(), final.clone())
+        grads = self.module._implementation(where.form).backward(*xs[:-1], kept, y.clone(), final.clone())
         monkeypatch.undo()
-        assert check() >= 6
+        assert not any(x.isnan().any() for x in (y, final, *grads))
+        assert check(all_written=False) >= 6
 
     def test_its_inputs_are_left_as_they_were(self, where):
         xs = self.draw(2, 21, device=where.device)

@@ -11,11 +11,11 @@ AROUND = 64
 SENTINEL = 77.0
 
 
-def guard(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def guard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """From now on `empty_like` and `new_empty` give NaN between sentinels.
 
     Returns:
-        A function that checks the sentinels, and says how many tensors had them.
+        A function that checks the sentinels, and that no NaN is left, but where scratch may be; it says how many there were.
     """
     given = []
 
@@ -37,11 +37,11 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     monkeypatch.setattr(torch, "empty_like", lambda x: between(x.shape, x.dtype))
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
-    def check() -> int:
+    def check(all_written: bool = True) -> int:
         for whole in given:
             assert (whole[:AROUND] == SENTINEL).all(), "written before the beginning"
             assert (whole[-AROUND:] == SENTINEL).all(), "written past the end"
-            assert not whole.isnan().any(), "not all written"
+            assert not (all_written and whole.isnan().any()), "not all written"
         return len(given)
 
     return check

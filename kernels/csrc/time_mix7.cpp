@@ -101,8 +101,8 @@ APART void prepare_backward(int64_t n, const X* k0, const X* v_first, const X* a
 // The backward of `readout`, for one head of one token. `scratch` as before; dweight, dbias, dr_k are added to, or null.
 template <typename X, typename P>
 APART void readout_backward(int64_t n, const X* y, const X* r, const X* k, const X* v, const X* g, const P* weight,
-                            const P* bias, const P* r_k, float epsilon, const X* dout, float* scratch, X* dy, X* dr, X* dk, X* dv, X* dg,
-                            float* dweight, float* dbias, float* dr_k) {
+                            const P* bias, const P* r_k, float epsilon, const X* dout, float* scratch, X* dy, X* dr, X* dk,
+                            X* dv, X* dg, float* dweight, float* dbias, float* dr_k) {
     float *const given = scratch, *const centred = scratch + round_up(n);
     floats total{}, bonus{}, dbonus{};
     for (int64_t i = 0; i < n; i += WIDTH) {

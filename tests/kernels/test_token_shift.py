@@ -21,7 +21,7 @@ from kernels.token_shift import Norm, mix, mix_reference
 DTYPES = [torch.float32, torch.bfloat16]
 CPU, GPU, INTERPRETER = Where("cpu", "cpu"), Where("triton", "cuda"), Where("triton", "cpu")
 WHERE = [CPU, GPU, *([INTERPRETER] if "TRITON_INTERPRET" in os.environ else [])]
-FUSED = pytest.mark.parametrize("where", map(param, WHERE))
+FUSED = pytest.mark.parametrize("where", [param(w) for w in WHERE])
 SMALL = [(4, 1, 17), (3, 2, 40), (1, 15, 33), (2, 17, 24)]  # batch, steps, channels
 SHAPES = [*SMALL, (1, 1, 768), (1, 70, 5), (2, 33, 64)]
 EACH_SHAPE = pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_without_gradients_it_is_the_same(shape, dtype, compiled):
 
 @FUSED
 def test_long_sums_keep_their_precision(where):
-    compare(draw(2, 100 if where.slow else 3000, 16, 2, device=where.device), form(where))
+    compare(draw(2, 70 if where.slow else 3000, 16, 2, device=where.device), form(where))
 
 
 def in_float32(dtype):
@@ -131,7 +131,7 @@ def in_float32(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @FUSED
 def test_parameters_may_have_another_precision_than_activations(where, dtype, compiled):
-    case = draw(2, 20, 40, dtype=dtype, stored=DTYPES[dtype is torch.float32], device=where.device)
+    case = draw(2, 5 if where.slow else 20, 40, dtype=dtype, stored=DTYPES[dtype is torch.float32], device=where.device)
     compare(case, form(where), dtype, in_float32(dtype))
     several = case._replace(mus=[case.mus[0].float(), *(mu.bfloat16() for mu in case.mus[1:])])
     compare(several, form(where), dtype, in_float32(dtype))
@@ -184,14 +184,15 @@ def test_slices_with_carried_tokens_equal_the_whole(where, at, compiled):
         second, end = form(where)(x[:, at:], between, mus, norm)
         return tuple(torch.cat(halves, 1) for halves in zip(first, second, strict=True)), end
 
-    case = draw(2, 40, 24, 2, device=where.device)
+    steps, at = (10, max(1, at // 4)) if where.slow else (40, at)  # its blocks are of 4 tokens, the C++'s of 16
+    case = draw(2, steps, 24, 2, device=where.device)
     assert_equal(run(sliced, case)[:3], run(form(where), case)[:3])
     compare(case, sliced, yardstick=form(where))
 
 
 @FUSED
 def test_non_contiguous_inputs_and_cotangents_are_read_right(where):
-    case = draw(2, 20, 24, device=where.device)
+    case = draw(2, 9 if where.slow else 20, 24, 2, device=where.device)
     strided = case.map(lambda y: torch.stack((y, y), -1)[..., 1])
     assert not strided.mus[0].is_contiguous()
     assert_equal(run(form(where), strided), run(form(where), case))
@@ -246,7 +247,7 @@ def test_writes_all_and_nothing_past_the_ends(where, shape, dtype, monkeypatch):
 
 @FUSED
 def test_reads_no_memory_that_it_has_not_written(where):
-    cases = [draw(2, 21, 40, 2, device=where.device, normed=normed) for normed in (False, True)]
+    cases = [draw(2, 9 if where.slow else 21, 40, 2, device=where.device, normed=normed) for normed in (False, True)]
     clean = [run(form(where), case) for case in cases]
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
     try:
@@ -267,7 +268,7 @@ def test_threads_do_not_change_a_bit(threads, monkeypatch):
 
 @FUSED
 def test_gradients_of_parameters_are_made_where_they_are_wanted(where, monkeypatch):
-    case = draw(2, 15, 24, 2, device=where.device)
+    case = draw(2, 3 if where.slow else 17, 24, 2, device=where.device)
     everything = run(form(where), case)[3:]
     made, backward = [], module._backward
     monkeypatch.setattr(module, "_backward", lambda *xs: made.append(xs[-2:]) or backward(*xs))
@@ -318,7 +319,7 @@ def test_works_under_checkpointing(where):
     def op(*arguments):
         return torch.utils.checkpoint.checkpoint(form(where), *arguments, use_reentrant=False)
 
-    case = draw(2, 20, 24, 2, device=where.device)
+    case = draw(2, 5 if where.slow else 20, 24, 2, device=where.device)
     assert_equal(run(op, case), run(form(where), case))
 
 
@@ -329,7 +330,7 @@ def test_op_names_the_form(monkeypatch):
     for op, want in (("auto", fused), ("cpu", fused), ("fla", fused), ("torch", plain), ("reference", plain)):
         assert_equal(run(partial(mix, op=op), case), want)
         assert_equal(mix(*case.arguments, op=op)[0], want[:2])
-    with pytest.raises(ValueError, match="token_shift: op='cpu' for torch.float64"):
+    with pytest.raises(ValueError, match=r"token_shift: op='cpu' for torch\.float64"):
         mix(*case.map(Tensor.double).arguments, op="cpu")
     monkeypatch.setattr(build, "library", lambda *_: None)
     assert_equal(run(mix, case), plain)
@@ -357,10 +358,9 @@ def test_refuses_what_does_not_fit():
 # That these tests prove something: each fault, planted in the code, must fail them.
 
 
-def prove(op):
-    for shape in ((2, 40, 24), (3, 17, 20)):
-        for normed in (False, True):
-            compare(draw(*shape, 2, normed=normed), op)
+def prove(op, steps):
+    for normed in (False, True):
+        compare(draw(2, steps, 20, 2, normed=normed), op)
 
 
 CPP_FAULTS = {
@@ -378,7 +378,7 @@ CPP_FAULTS = {
 
 def test_a_fault_in_the_cpp_is_caught(tmp_path, monkeypatch):
     sources = build.SOURCES
-    monkeypatch.setattr(build, "FLAGS", build.FLAGS.replace("-O3", "-O1"))
+    monkeypatch.setattr(build, "FLAGS", build.FLAGS.replace("-O3", "-O0"))
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for header in sources.glob("*.h"):
@@ -392,11 +392,10 @@ def test_a_fault_in_the_cpp_is_caught(tmp_path, monkeypatch):
                 cached.cache_clear()
             assert build.available("token_shift"), name
             if name == "none":
-                prove(form(CPU))
+                prove(form(CPU), 40)
                 continue
             with pytest.raises(AssertionError, match=r"error|NaN"):
-                prove(form(CPU))
-                pytest.fail(f"not caught: {name}")
+                prove(form(CPU), 40)
     finally:
         for cached in (build.library, build.function):
             cached.cache_clear()
@@ -417,11 +416,15 @@ TRITON_FAULTS = {
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter shows them")
+def test_the_sound_triton_passes():
+    prove(form(INTERPRETER), 9)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter shows them")
 @pytest.mark.parametrize("fault", TRITON_FAULTS)
 def test_a_fault_in_triton_is_caught(fault, tmp_path, monkeypatch):
     from kernels import token_shift_triton
 
-    prove(form(INTERPRETER))
     code, (sound, broken) = Path(token_shift_triton.__file__).read_text(), TRITON_FAULTS[fault]
     assert code.count(sound) == 1, "the code has changed: plant the fault anew"
     file = tmp_path / "token_shift_broken.py"
@@ -433,7 +436,7 @@ def test_a_fault_in_triton_is_caught(fault, tmp_path, monkeypatch):
     for name in ("forward", "backward"):
         monkeypatch.setattr(token_shift_triton, name, getattr(other, name))
     with pytest.raises(AssertionError, match=r"error|NaN"):
-        prove(form(INTERPRETER))
+        prove(form(INTERPRETER), 9)
 
 
 COMPILE = """
@@ -449,11 +452,11 @@ def compile(kernel, types, constants, architecture, warps):
     assert triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["cubin"]
 
 for architecture in (80, 89, 90, 120):
-    cases = [("*bf16", 6, True, 4096, 16), *([("*fp32", 2, False, 8192, 16)] if architecture == 80 else [])]
+    cases = [("*bf16", 6, True, 1024, 4), *([("*fp32", 2, False, 8192, 16)] if architecture == 80 else [])]
     for x, mixes, norm, block, warps in cases:
         types = dict.fromkeys(("x", "y", "dy", "last", "final", "dfinal", "dx", "dlast", "mus", "weight", "bias"), x)
-        types |= dict.fromkeys(("steps", "size", "rows", "count"), "i32") | {"eps": "fp32", "z": (x,) * mixes, "dz": (x,) * mixes}
-        types |= {"statistics": "*fp32", "sums": "*fp32"}
+        types |= dict.fromkeys(("steps", "size", "rows", "count"), "i32") | {"statistics": "*fp32", "sums": "*fp32"}
+        types |= {"eps": "fp32", "z": (x,) * mixes, "dz": (x,) * mixes}
         none = {} if norm else {"weight": None, "bias": None}
         tokens = {"TOKENS": 4, "BLOCK": block, "MIXES": mixes, "NORM": norm} | none
         compile(shift._forward, types, tokens | {"KEEP": norm}, architecture, warps)

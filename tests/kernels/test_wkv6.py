@@ -30,7 +30,7 @@ class TestWkv6(Contract):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @everywhere("shape", SHAPES, lambda s: s[0] * s[1] * s[2] <= 70 and s[3] <= 64)
     def test_matches_reference(self, where, shape, dtype):
-        self.compare(draw(*shape, dtype, where.device), self.form(where))
+        self.compare(draw(*shape, dtype, where.device), self.form(where), where=where)
 
     @pytest.mark.parametrize("decay", ["any", "strongest", "none"])
     @everywhere("shape", [(2, 37, 2, 16), (1, 130, 1, 64)], lambda s: s[3] == 16)

@@ -29,7 +29,7 @@ class TestWkv7(Contract):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @everywhere("shape", SHAPES, lambda s: s[0] * s[1] * s[2] <= 70 and s[3] <= 64)
     def test_matches_reference(self, where, shape, dtype):
-        self.compare(draw(*shape, dtype, where.device), self.form(where))
+        self.compare(draw(*shape, dtype, where.device), self.form(where), where=where)
 
     def test_the_compiled_form_takes_heads_of_one_channel(self):
         """The chunks do not: where the one direction is all but removed at each step, their products cancel."""
@@ -45,7 +45,7 @@ class TestWkv7(Contract):
     @everywhere("shape", [(1, 40, 1, 16), (1, 130, 1, 64)], lambda s: s[3] == 16)
     def test_matches_reference_where_keys_are_alike(self, where, shape, dtype):
         """The system of equations that a chunk solves is then as badly conditioned as it gets."""
-        self.compare(draw(*shape, dtype, where.device, alike=0.95), self.form(where))
+        self.compare(draw(*shape, dtype, where.device, alike=0.95), self.form(where), where=where)
 
     def test_the_decays_gradient_has_digits_where_the_sigmoid_is_flat(self, where):
         """Where torch's own sigmoid, and with it the reference, has none left: 1 - sigmoid(15) is 5 roundings of 1."""

@@ -2,7 +2,7 @@
 //
 // The two sums before a step, e^p a and e^p b, are what the state holds; a step decays both by l = -exp(w) and adds
 // e^k (v, 1). Their gradients go back through time likewise: they are held as e^q g, a step adds e^-m (dy / b', -y dy / b'),
-// m being the largest exponent in y_t and b' what it is divided by, without that factor.
+// m being the largest exponent in y_t and b' what it is divided by, without e^m.
 //
 // One thread for all steps waits for each before the next. So where there are few channels time is cut into segments: what
 // each adds to the sums, from nothing; a scan over the segments, which gives the sums before each; and all segments at once.
@@ -10,10 +10,10 @@
 //
 // On paper, B 8, T 4096, C 4096, bfloat16, on an H200 (4.3 TB/s), a unit the 268 MB of a (B, T, C) tensor: one segment, 248
 // threads on each multiprocessor.
-//   forward    reads 2, writes 1, and 3 float32 for each 32 steps, 0.2 units: 0.86 GB, 0.20 ms; two exponentials and a division a
-//              step, 60 instructions, of which 100 cycles are a chain: 0.24 ms. Expected 0.3 ms.
-//   backward   reads 2, then 3, mostly from the cache, and writes 2: 1.5 GB, 0.35 ms; 150 instructions, 250 cycles of chains:
-//              0.6 ms. Expected 0.7 ms.
+//   forward    reads 2, writes 1, and 3 float32 for each 32 steps, 0.2 units: 0.86 GB, 0.20 ms; 75 instructions a step (two
+//              exponentials and a division), 0.34 ms. Expected 0.5 ms.
+//   backward   reads 2, then 3, mostly from the cache, and writes 2: 1.5 GB, 0.35 ms; 200 instructions a step, 0.9 ms. Expected
+//              1.2 ms.
 // B 1, T 1024, C 2560: 32 segments of one chunk: 64 steps and 32 of the scan, one after another: 0.015 ms and 0.03 ms, most of
 // it the starts of three and four kernels.
 #include "device.h"
@@ -21,9 +21,8 @@
 namespace {
 
 constexpr int CHUNK = 32, AHEAD = 8;  // loads that wait for memory together
-constexpr int THREADS = 128;
-constexpr int BACK_THREADS = 64;       // whose chunks of sums take 24 KB of shared memory
-constexpr float NOTHING = -1e38f;      // the exponent of an empty sum
+constexpr int THREADS = 64;           // in the backward, the sums before each of their chunk's steps take 24 KB of shared memory
+constexpr float NOTHING = -1e38f;     // the exponent of an empty sum
 
 struct Shape {
     int64_t batch, steps, channels;
@@ -55,15 +54,15 @@ DEVICE void advance(Sums& s, float by, float p, float a, float b) {
 }
 
 struct Average {
-    float y, largest, here, weight;  // the largest exponent; without it, the weight of the current value, and that of all
+    float y, largest, here, inverse;  // the largest exponent; without it, the current value's weight, and 1 / that of all
 };
 
 DEVICE Average average(const Sums& s, float k, float v, float u) {
     const float now = u + k;
     const bool old = s.p >= now;
     const float less = expf(old ? now - s.p : s.p - now), before = old ? 1 : less, here = old ? less : 1;
-    const float weight = before * s.b + here;
-    return {(before * s.a + here * v) / weight, old ? s.p : now, here, weight};
+    const float inverse = 1 / (before * s.b + here);
+    return {(before * s.a + here * v) * inverse, old ? s.p : now, here, inverse};
 }
 
 // act(t, x_t, y_t, z_t) for the steps from, ..., to - 1 of one channel, or BACK from to - 1. z may be null. While AHEAD steps
@@ -178,8 +177,8 @@ __global__ void __launch_bounds__(THREADS) walk(const Forward<T> p) {
     if (p.before) store(p.before + here.state(p.shape.chunks()), here.channels, s);
 }
 
-dim3 grid(const Shape& s, int threads, int64_t segments) {
-    return dim3(unsigned((s.channels + threads - 1) / threads), unsigned(segments), unsigned(s.batch));
+dim3 grid(const Shape& s, int64_t segments) {
+    return dim3(unsigned((s.channels + THREADS - 1) / THREADS), unsigned(segments), unsigned(s.batch));
 }
 
 template <class T>
@@ -189,10 +188,11 @@ int run_forward(const Forward<T>& p, int64_t stream) {
     const float* const forwards = nullptr;
     int error = 0;
     if (segments > 1) {
-        error = LAUNCH(contribute<T>, grid(s, THREADS, segments - 1), dim3(THREADS), 0, stream, p);
-        if (!error) error = LAUNCH(scan, grid(s, THREADS, 1), dim3(THREADS), 0, stream, p.w, p.state, forwards, p.before, s, p.per, p.per);
+        error = LAUNCH(contribute<T>, grid(s, segments - 1), dim3(THREADS), 0, stream, p);
+        if (!error)
+            error = LAUNCH(scan, grid(s, 1), dim3(THREADS), 0, stream, p.w, p.state, forwards, p.before, s, p.per, p.per);
     }
-    return error ? error : LAUNCH(walk<T>, grid(s, THREADS, segments), dim3(THREADS), 0, stream, p);
+    return error ? error : LAUNCH(walk<T>, grid(s, segments), dim3(THREADS), 0, stream, p);
 }
 
 template <class T>
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(THREADS) contribute_back(const Backward<T> p) 
     each_step(p.k + here.first(), p.v + here.first(), p.dy + here.first(), here.channels, here.from, here.to,
               [&](int t, float k, float v, float dy) {
                   const Average of = average(s, k, v, u);
-                  const float x = dy / of.weight;
+                  const float x = dy * of.inverse;
                   advance(g, 0, float(t - here.from) * decay - of.largest, x, -x * of.y);
                   advance(s, decay, k, v, 1);
               });
@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(THREADS) contribute_back(const Backward<T> p) 
 
 // Chunk by chunk, from the last: the sums before each of its steps are made again, then it goes back through them.
 template <class T>
-__global__ void __launch_bounds__(BACK_THREADS) walk_back(const Backward<T> p) {
-    SHARED(Sums, kept, CHUNK * BACK_THREADS);
+__global__ void __launch_bounds__(THREADS) walk_back(const Backward<T> p) {
+    SHARED(Sums, kept, CHUNK * THREADS);
     const Place here = place(p.shape, p.per, blockIdx.y);
     if (here.channel >= here.channels) return;
     const int64_t channels = here.channels;
@@ -246,17 +246,18 @@ __global__ void __launch_bounds__(BACK_THREADS) walk_back(const Backward<T> p) {
         g = load(p.after + here.state(here.segment), channels);
     }
     float dw = 0, du = 0;
-    for (int from = here.from + (here.to - here.from - 1) / CHUNK * CHUNK, to = here.to; from >= here.from; to = from, from -= CHUNK) {
+    int from = here.from + (here.to - here.from - 1) / CHUNK * CHUNK;
+    for (int to = here.to; from >= here.from; to = from, from -= CHUNK) {
         Sums s = load(p.before + here.state(from / CHUNK), channels);
         each_step(k, v, static_cast<const T*>(nullptr), channels, from, to, [&](int t, float k, float v, float) {
-            kept[(t - from) * BACK_THREADS + threadIdx.x] = s;
+            kept[(t - from) * THREADS + threadIdx.x] = s;
             advance(s, decay, k, v, 1);
         });
         float dw_part = 0, du_part = 0;
         each_step<true>(k, v, p.dy + here.first(), channels, from, to, [&](int t, float k, float v, float dy) {
-            s = kept[(t - from) * BACK_THREADS + threadIdx.x];
+            s = kept[(t - from) * THREADS + threadIdx.x];
             const Average of = average(s, k, v, u);
-            const float x = dy / of.weight, of_value = x * of.here, of_key = of_value * (v - of.y), later = expf(k + g.p);
+            const float x = dy * of.inverse, of_value = x * of.here, of_key = of_value * (v - of.y), later = expf(k + g.p);
             dk[t * channels] = from_float<T>(later * (g.a * v + g.b) + of_key);
             dv[t * channels] = from_float<T>(later * g.a + of_value);
             dw_part += expf(decay + (s.p + g.p)) * (g.a * s.a + g.b * s.b);
@@ -294,12 +295,14 @@ int run_backward(const Backward<T>& p, int64_t stream) {
     int error = 0;
     if (segments > 1) {
         const float* const last = p.before + s.chunks() * s.batch * 3 * s.channels;
-        error = LAUNCH(contribute_back<T>, grid(s, THREADS, segments - 1), dim3(THREADS), 0, stream, p);
-        if (!error) error = LAUNCH(scan, grid(s, THREADS, 1), dim3(THREADS), 0, stream, p.w, p.dfinal, last, p.after, s, p.per, step);
+        error = LAUNCH(contribute_back<T>, grid(s, segments - 1), dim3(THREADS), 0, stream, p);
+        if (!error)
+            error = LAUNCH(scan, grid(s, 1), dim3(THREADS), 0, stream, p.w, p.dfinal, last, p.after, s, p.per, step);
     }
-    if (!error) error = LAUNCH(walk_back<T>, grid(s, BACK_THREADS, segments), dim3(BACK_THREADS), 0, stream, p);
+    if (!error) error = LAUNCH(walk_back<T>, grid(s, segments), dim3(THREADS), 0, stream, p);
     const dim3 columns(unsigned((2 * s.channels + 31) / 32));
-    return error ? error : LAUNCH(add_parts, columns, dim3(256), 0, stream, p.parts, p.dw, p.du, segments * s.batch, s.channels);
+    if (!error) error = LAUNCH(add_parts, columns, dim3(256), 0, stream, p.parts, p.dw, p.du, segments * s.batch, s.channels);
+    return error;
 }
 
 }  // namespace
@@ -317,8 +320,8 @@ struct Wkv4Forward {
 
 template <class T>
 static int forward(const Wkv4Forward& f) {
-    return run_forward<T>({static_cast<const T*>(f.k), static_cast<const T*>(f.v), f.w, f.u, f.state, static_cast<T*>(f.y), f.final,
-                           f.before, f.shape, f.per}, f.stream);
+    const auto in = [](const void* x) { return static_cast<const T*>(x); };
+    return run_forward<T>({in(f.k), in(f.v), f.w, f.u, f.state, static_cast<T*>(f.y), f.final, f.before, f.shape, f.per}, f.stream);
 }
 
 extern "C" int rwkv_wkv4_forward(const Wkv4Forward* f) { return f->is_bf16 ? forward<bf16>(*f) : forward<float>(*f); }
@@ -337,9 +340,10 @@ struct Wkv4Backward {
 
 template <class T>
 static int backward(const Wkv4Backward& f) {
-    return run_backward<T>({static_cast<const T*>(f.k), static_cast<const T*>(f.v), f.w, f.u, f.before, static_cast<const T*>(f.dy),
-                            f.dfinal, static_cast<T*>(f.dk), static_cast<T*>(f.dv), f.dw, f.du, f.dstate, f.after, f.parts, f.shape,
-                            f.per}, f.stream);
+    const auto in = [](const void* x) { return static_cast<const T*>(x); };
+    const auto out = [](void* x) { return static_cast<T*>(x); };
+    return run_backward<T>({in(f.k), in(f.v), f.w, f.u, f.before, in(f.dy), f.dfinal, out(f.dk), out(f.dv), f.dw, f.du, f.dstate,
+                            f.after, f.parts, f.shape, f.per}, f.stream);
 }
 
 extern "C" int rwkv_wkv4_backward(const Wkv4Backward* f) { return f->is_bf16 ? backward<bf16>(*f) : backward<float>(*f); }
