@@ -205,7 +205,7 @@ def backward(
         _start(_sums, k, True, k, v, w, u, steps, dy, sums, REVERSE=True)
         _start(_scan, k, False, end, w, steps, kept, sums, after, dstate, REVERSE=True)
         _start(_gradients, k, True, after, k, v, w, u, steps, dy, dk, dv, parts)
-    dw, du = parts.sum(0)
+    dw, du = parts[:, 0].sum(0), parts[:, 1].sum(0)
     return tuple(x.to(dtype) for x, dtype in zip((dk, dv, dw, du, dstate), dtypes, strict=True))
 
 

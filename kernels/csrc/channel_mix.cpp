@@ -20,9 +20,8 @@ const X* like(X*, const void* p) {
 // Square roots of x >= 0, by Newton's steps from a guess at 1 / sqrt(x): the C library's function, which may set errno, keeps
 // compilers from taking sixteen at once.
 INLINE floats root(floats x) {
-    const floats most = fill(std::numeric_limits<float>::max());
-    x = x > most ? most : x;
-    floats y = (floats)(0x5f3759df - ((words)x >> 1));
+    x = min(x, fill(std::numeric_limits<float>::max()));
+    floats y = by_parts(x, [](part a) { return (part)(0x5f3759df - ((part_words)a >> 1)); });
     for (int step = 0; step < 3; step++) y *= 1.5f - 0.5f * x * y * y;
     return x * y;
 }
@@ -42,7 +41,7 @@ extern "C" void rwkv_relu_squared(const ReluSquared* f) {
 #pragma omp parallel for num_threads(crew(f->threads, f->size)) schedule(static)
         for (int64_t i = 0; i < f->size; i += WIDTH) {
             floats value = load(x + i, f->size - i);
-            value = value < 0.0f ? floats{} : value;
+            value = max(value, floats{});
             store(y + i, value * value, f->size - i);
         }
     });

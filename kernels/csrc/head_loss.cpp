@@ -19,12 +19,10 @@ constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 // The first n of sixteen, the rest -infinity.
 template <typename T>
 INLINE floats load_or_lowest(const T* p, int64_t n) {
-    const ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const floats x = load(p, n);
-    return n >= WIDTH ? x : (index < int32_t(n) ? x : fill(LOWEST));
+    return first(load(p, n), n, fill(LOWEST));
 }
 
-INLINE floats larger(floats x, floats y) { return x > y ? x : y; }
+INLINE floats larger(floats x, floats y) { return max(y, x); }
 
 INLINE float largest_of(floats x) {
     float y[WIDTH];

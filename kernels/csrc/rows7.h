@@ -120,6 +120,6 @@ APART void mix(const float* x, const float* previous, int64_t size, int64_t mixe
 }
 
 INLINE floats relu_squared(floats x) {
-    x = x < 0.0f ? floats{} : x;
+    x = max(x, floats{});
     return x * x;
 }

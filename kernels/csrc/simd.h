@@ -1,4 +1,4 @@
-// Sixteen floats at a time, by the vector types of GCC and Clang: AVX-512, AVX2 and NEON alike.
+// Sixteen floats at a time, by the vector types of GCC and Clang, on whatever registers the processor has.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +6,42 @@
 #include <cstring>
 #include <memory>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
+#define ALWAYS __attribute__((always_inline))  // of a lambda
 #define APART __attribute__((noinline))  // of what is long: copies of it in every caller would only slow the compiler
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
 constexpr int WIDTH = 16;
+
+// What a register holds.
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+constexpr int PARTS = WIDTH / LANES;
+
+typedef float part __attribute__((vector_size(4 * LANES)));
+typedef int32_t part_ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t part_words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t part_halves __attribute__((vector_size(2 * LANES)));
+
+// Sixteen floats. A vector wider than a register would be kept in memory by GCC, so these are several, and then comparisons
+// and ?: do not work on them: max, min and first do.
+#if LANES == 16
+typedef part floats;
+#else
+struct floats {
+    part parts[PARTS];
+    float& operator[](int i) { return reinterpret_cast<float*>(parts)[i]; }
+    float operator[](int i) const { return parts[i / LANES][i % LANES]; }
+};
+#endif
 
 struct bf16 {
     uint16_t bits;
@@ -22,27 +49,93 @@ struct bf16 {
 
 constexpr int64_t round_up(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
-INLINE floats load(const float* p) {
-    floats x;
+// f of each part of x, or of x and y.
+template <typename F>
+INLINE floats by_parts(floats x, F f) {
+#if LANES == 16
+    return f(x);
+#else
+    floats z;
+#pragma GCC unroll 4
+    for (int i = 0; i < PARTS; i++) z.parts[i] = f(x.parts[i]);
+    return z;
+#endif
+}
+
+template <typename F>
+INLINE floats by_parts(floats x, floats y, F f) {
+#if LANES == 16
+    return f(x, y);
+#else
+    floats z;
+#pragma GCC unroll 4
+    for (int i = 0; i < PARTS; i++) z.parts[i] = f(x.parts[i], y.parts[i]);
+    return z;
+#endif
+}
+
+#if LANES < 16
+#define OPERATOR(op)                                                                                            \
+    INLINE floats operator op(floats x, floats y) { return by_parts(x, y, [](part a, part b) { return a op b; }); } \
+    INLINE floats operator op(floats x, float y) { return by_parts(x, [=](part a) { return a op y; }); }            \
+    INLINE floats operator op(float x, floats y) { return by_parts(y, [=](part b) { return x op b; }); }            \
+    template <typename T>                                                                                       \
+    INLINE floats& operator op##=(floats& x, T y) {                                                              \
+        return x = x op y;                                                                                      \
+    }
+OPERATOR(+)
+OPERATOR(-)
+OPERATOR(*)
+OPERATOR(/)
+#undef OPERATOR
+INLINE floats operator-(floats x) {
+    return by_parts(x, [](part a) { return -a; });
+}
+#endif
+
+INLINE part load_part(const float* p) {
+    part x;
     std::memcpy(&x, p, sizeof x);
     return x;
 }
 
-INLINE floats load(const bf16* p) {
-    halves x;
+INLINE part load_part(const bf16* p) {
+    part_halves x;
     std::memcpy(&x, p, sizeof x);
-    return (floats)(__builtin_convertvector(x, words) << 16);
+    return (part)(__builtin_convertvector(x, part_words) << 16);
 }
 
-INLINE void store(float* p, floats x) { std::memcpy(p, &x, sizeof x); }
+INLINE void store_part(float* p, part x) { std::memcpy(p, &x, sizeof x); }
 
 // To the nearest, ties to even; a NaN stays one.
-INLINE void store(bf16* p, floats x) {
-    words bits = (words)x;
-    const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    bits = x == x ? rounded : ((bits >> 16) | 0x40);
-    const halves low = __builtin_convertvector(bits, halves);
+INLINE void store_part(bf16* p, part x) {
+    const part_words bits = (part_words)x;
+    const part_words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const part_words high = x == x ? rounded : ((bits >> 16) | 0x40);
+    const part_halves low = __builtin_convertvector(high, part_halves);
     std::memcpy(p, &low, sizeof low);
+}
+
+template <typename T>
+INLINE floats load(const T* p) {
+#if LANES == 16
+    return load_part(p);
+#else
+    floats x;
+#pragma GCC unroll 4
+    for (int i = 0; i < PARTS; i++) x.parts[i] = load_part(p + i * LANES);
+    return x;
+#endif
+}
+
+template <typename T>
+INLINE void store(T* p, floats x) {
+#if LANES == 16
+    store_part(p, x);
+#else
+#pragma GCC unroll 4
+    for (int i = 0; i < PARTS; i++) store_part(p + i * LANES, x.parts[i]);
+#endif
 }
 
 // The first n of sixteen; the rest reads as zero and is not written.
@@ -62,24 +155,36 @@ INLINE void store(T* p, floats x, int64_t n) {
     std::memcpy(p, all, n * sizeof(T));
 }
 
-// The first n of sixteen, the rest zero.
-INLINE floats first(floats x, int64_t n) {
-    const ints index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return n >= WIDTH ? x : (index < int32_t(n) ? x : floats{});
-}
-
 INLINE floats fill(float x) { return floats{} + x; }
 
+// NaN if x is.
+INLINE floats max(floats x, floats y) {
+    return by_parts(x, y, [](part a, part b) { return a < b ? b : a; });
+}
+
+INLINE floats min(floats x, floats y) {
+    return by_parts(x, y, [](part a, part b) { return a > b ? b : a; });
+}
+
+// The first n of sixteen, the rest that of `otherwise`.
+INLINE floats first(floats x, int64_t n, floats otherwise = floats{}) {
+    if (n >= WIDTH) return x;
+    alignas(64) float all[WIDTH], rest[WIDTH];
+    store(all, x);
+    store(rest, otherwise);
+    for (int64_t i = n; i < WIDTH; i++) all[i] = rest[i];
+    return load(all);
+}
+
 // e^x within a rounding or two, x held to where the result is a normal number. Taylor's series to x^7 on |x| < ln(2) / 2.
-INLINE floats exp(floats x) {
-    const floats low = fill(-87.0f), high = fill(88.0f);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
+INLINE part exp_part(part x) {
+    x = x < -87.0f ? part{} - 87.0f : x;
+    x = x > 88.0f ? part{} + 88.0f : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const floats n = (x * 1.44269504f + magic) - magic;
+    const part n = (x * 1.44269504f + magic) - magic;
     x = x - n * 0.693359375f;  // ln(2) in two parts, the first exact in few bits
     x = x - n * -2.12194440e-4f;
-    floats y = fill(1.0f / 5040);
+    part y = part{} + 1.0f / 5040;
     y = y * x + 1.0f / 720;
     y = y * x + 1.0f / 120;
     y = y * x + 1.0f / 24;
@@ -87,43 +192,79 @@ INLINE floats exp(floats x) {
     y = y * x + 0.5f;
     y = y * x + 1.0f;
     y = y * x + 1.0f;
-    return y * (floats)((__builtin_convertvector(n, ints) + 127) << 23);
+    return y * (part)((__builtin_convertvector(n, part_ints) + 127) << 23);
 }
+
+INLINE floats exp(floats x) { return by_parts(x, exp_part); }
 
 INLINE floats sigmoid(floats x) { return 1.0f / (1.0f + exp(-x)); }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLES
+// Shuffles of two registers, alike within each of their quarters of four floats, and of the quarters.
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, part_ints{__VA_ARGS__})
 #endif
+#if LANES == 16
+INLINE part low_singles(part a, part b) { return SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); }
+INLINE part high_singles(part a, part b) { return SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); }
+INLINE part low_pairs(part a, part b) { return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); }
+INLINE part high_pairs(part a, part b) { return SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); }
+INLINE part even_quarters(part a, part b) { return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27); }
+INLINE part odd_quarters(part a, part b) { return SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31); }
+#elif LANES == 8
+INLINE part low_singles(part a, part b) { return SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
+INLINE part high_singles(part a, part b) { return SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
+INLINE part low_pairs(part a, part b) { return SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13); }
+INLINE part high_pairs(part a, part b) { return SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15); }
+INLINE part even_quarters(part a, part b) { return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11); }
+INLINE part odd_quarters(part a, part b) { return SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15); }
+#else
+INLINE part low_singles(part a, part b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
+INLINE part high_singles(part a, part b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
+INLINE part low_pairs(part a, part b) { return SHUFFLE(a, b, 0, 1, 4, 5); }
+INLINE part high_pairs(part a, part b) { return SHUFFLE(a, b, 2, 3, 6, 7); }
 #endif
 
-// Sixteen vectors to the vector of their sixteen sums.
-INLINE floats sums(const floats* x) {
-#ifdef SHUFFLES
-    floats by2[8], by4[4], by8[2];
-    for (int i = 0; i < 8; i++) {
-        const floats a = x[2 * i], b = x[2 * i + 1];
-        by2[i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                 __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    }
+// Sixteen registers to their sixteen sums, which make PARTS registers.
+INLINE void sums(const part* x, part* y) {
+    part quads[4];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        const floats a = by2[2 * i], b = by2[2 * i + 1];
-        by4[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                 __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        const part a = low_singles(x[4 * i], x[4 * i + 1]) + high_singles(x[4 * i], x[4 * i + 1]);
+        const part b = low_singles(x[4 * i + 2], x[4 * i + 3]) + high_singles(x[4 * i + 2], x[4 * i + 3]);
+        quads[i] = low_pairs(a, b) + high_pairs(a, b);
     }
-    for (int i = 0; i < 2; i++) {
-        const floats a = by4[2 * i], b = by4[2 * i + 1];
-        by8[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                 __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    const floats a = by8[0], b = by8[1];
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#if LANES == 4
+    for (int i = 0; i < 4; i++) y[i] = quads[i];
 #else
-    floats y{};
-    for (int i = 0; i < WIDTH; i++)
-        for (int j = 0; j < WIDTH; j++) y[i] += x[i][j];
+    const part a = even_quarters(quads[0], quads[1]) + odd_quarters(quads[0], quads[1]);
+    const part b = even_quarters(quads[2], quads[3]) + odd_quarters(quads[2], quads[3]);
+#if LANES == 8
+    y[0] = a, y[1] = b;
+#else
+    y[0] = even_quarters(a, b) + odd_quarters(a, b);
+#endif
+#endif
+}
+
+// Sixteen times sixteen floats to the floats of their sixteen sums.
+INLINE floats sums(const floats* x) {
+#if LANES == 16
+    floats y;
+    sums(x, &y);
+    return y;
+#else
+    part folded[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) {
+        folded[i] = x[i].parts[0] + x[i].parts[1];
+#if LANES == 4
+        folded[i] += x[i].parts[2] + x[i].parts[3];
+#endif
+    }
+    floats y;
+    sums(folded, y.parts);
     return y;
 #endif
 }
@@ -135,6 +276,63 @@ INLINE float sum(floats x) {
         for (int i = 0; i < width; i++) y[i] += y[i + width];
     return y[0];
 }
+
+// Sixteen rows of sixteen, turned.
+INLINE void turn(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int64_t row = 0; row < WIDTH; row += LANES)
+        for (int64_t column = 0; column < WIDTH; column += LANES) {
+            part x[LANES], y[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_part(from + (row + i) * stride + column);
+#pragma GCC unroll 4
+            for (int i = 0; i < LANES; i += 4) {  // four by four within each quarter
+                const part a = low_singles(x[i], x[i + 1]), b = low_singles(x[i + 2], x[i + 3]);
+                const part c = high_singles(x[i], x[i + 1]), d = high_singles(x[i + 2], x[i + 3]);
+                y[i] = low_pairs(a, b), y[i + 1] = high_pairs(a, b), y[i + 2] = low_pairs(c, d), y[i + 3] = high_pairs(c, d);
+            }
+            const auto put = [&](int i, part z) { store_part(to + (column + i) * to_stride + row, z); };
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+#if LANES == 4
+                put(i, y[i]);
+#elif LANES == 8
+                put(i, even_quarters(y[i], y[4 + i]));
+                put(4 + i, odd_quarters(y[i], y[4 + i]));
+#else
+                const part even = even_quarters(y[i], y[4 + i]), even2 = even_quarters(y[8 + i], y[12 + i]);
+                const part odd = odd_quarters(y[i], y[4 + i]), odd2 = odd_quarters(y[8 + i], y[12 + i]);
+                put(i, even_quarters(even, even2));
+                put(4 + i, even_quarters(odd, odd2));
+                put(8 + i, odd_quarters(even, even2));
+                put(12 + i, odd_quarters(odd, odd2));
+#endif
+            }
+        }
+}
+
+// While one lives, this thread takes numbers below 1e-38 for 0: the processor is slow at them, and decays make many.
+class Flush {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+
+  public:
+    Flush() { _mm_setcsr(before | 0x8040); }
+    ~Flush() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+
+  public:
+    Flush() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(before | 1 << 24));
+    }
+    ~Flush() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#else
+  public:
+    Flush() {}
+#endif
+    Flush(const Flush&) = delete;
+};
 
 // Memory on a cache line's border, not initialised.
 struct Free {

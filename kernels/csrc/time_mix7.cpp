@@ -50,8 +50,8 @@ struct Share {
 };
 
 INLINE Share share(floats x) {
-    const floats least = fill(-80.0f);  // beyond, the first of the two would not be a normal number
-    const floats e = exp(-(x < least ? least : x)), of = 1.0f / (1.0f + e);
+    const floats e = exp(-max(x, fill(-80.0f)));  // beyond, the first of the two would not be a normal number
+    const floats of = 1.0f / (1.0f + e);
     return {of, e * of};
 }
 

@@ -15,9 +15,9 @@ constexpr int Q = 4;
 constexpr int64_t BLOCK = Q * WIDTH;
 
 // e^x of an x of 0 or less; 0 where a float has no such number, so that an empty sum, whose p is -1e38, weighs nothing.
-INLINE floats decayed(floats x) { return x < -87.0f ? floats{} : exp(x); }
-
-INLINE floats larger(floats x, floats y) { return x > y ? x : y; }
+INLINE floats decayed(floats x) {
+    return by_parts(x, [](part a) { return a < -87.0f ? part{} : exp_part(a); });
+}
 
 struct Shape {
     int64_t batch, steps, channels;
@@ -53,7 +53,7 @@ INLINE void put_state(float* p, int64_t channels, State s, Place x) {
 }
 
 INLINE State advance(State s, floats log_decay, floats k, floats v) {
-    const floats p = larger(log_decay + s.p, k);
+    const floats p = max(log_decay + s.p, k);
     const floats keep = decayed(log_decay + (s.p - p)), add = decayed(k - p);  // in this order it undoes the rounding of p
     return {keep * s.a + add * v, keep * s.b + add, p};
 }
@@ -64,7 +64,7 @@ struct Average {
 };
 
 INLINE Average average(State s, floats u, floats k, floats v) {
-    const floats now = u + k, p = larger(s.p, now), before = decayed(s.p - p), own = decayed(now - p);
+    const floats now = u + k, p = max(s.p, now), before = decayed(s.p - p), own = decayed(now - p);
     const floats all = before * s.b + own;
     return {(before * s.a + own * v) / all, p, own, all};
 }
@@ -145,7 +145,7 @@ void backward(const Shape& s, int64_t i, const K* k, const V* v, const float* w,
                 chunk_bonus[q] += of_now;
                 chunk_decay[q] +=
                     decayed(log_decay[q] + (before.p + grad[q].p)) * (grad[q].a * before.a + grad[q].b * before.b);
-                const floats p = larger(log_decay[q] + grad[q].p, -mean.p);
+                const floats p = max(log_decay[q] + grad[q].p, -mean.p);
                 const floats past = decayed(log_decay[q] + (grad[q].p - p)), here = decayed(-mean.p - p) * g;
                 grad[q] = {past * grad[q].a + here, past * grad[q].b - here * mean.y, p};
             }

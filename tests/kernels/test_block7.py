@@ -108,7 +108,7 @@ def test_blocks_without_the_library(monkeypatch):
     parameters = [Parameters(tensors(*model, layer_0=i == 0, seed=i)) for i in range(2)]
     xs = inputs(2, *model[:2])
     want = blocks(xs[0], [tuple(xs[2:])] * 2, parameters)
-    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(build, "library", lambda *_: None)
     got = blocks(xs[0], [tuple(xs[2:])] * 2, parameters)
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
     for ys, zs in zip(got[1], want[1], strict=True):
@@ -169,7 +169,7 @@ def test_the_rest_is_left_to_torch(monkeypatch):
     assert left_to_torch(inputs(2, 24, 8), Parameters(tensors(24, 8, 30, (1, 2, 3, 4))))
     wide = Parameters(given | {"att.key.weight": given["att.key.weight"].bfloat16()})
     assert left_to_torch(xs, wide)
-    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(build, "library", lambda *_: None)
     assert left_to_torch(xs, Parameters(given))
 
 
