@@ -49,7 +49,7 @@ def choose(name: str, op: Op, forms: Sequence[Form], x: Tensor) -> Form:
         if obstacle:
             kind, message = obstacle
             raise kind(f"{name}: op='{op}' {message}; or say op='auto'")
-        chosen = op
+        chosen: Form = op
     else:
         chosen = next((form for form in forms if not _obstacle(name, form, x)), "torch")
     if not torch.compiler.is_compiling():

@@ -100,7 +100,8 @@ def _inverse(x: Tensor) -> Tensor:
     By substitution: the product of I + x^(2^i) is as exact on paper, but where keys are alike, its terms are large and cancel.
     """
     one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve_triangular(one - x, one.expand_as(x), upper=False, unitriangular=True)
+    inverse: Tensor = torch.linalg.solve_triangular(one - x, one.expand_as(x), upper=False, unitriangular=True)
+    return inverse
 
 
 def _removal(c: _Chunks) -> tuple[Tensor, Tensor, Tensor]:
