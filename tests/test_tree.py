@@ -117,9 +117,12 @@ def test_stages_stand_in_the_order_they_run():
         ("tasks.merge", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
         ("tasks.evaluate", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
         ("tasks.train", {"prefect", "mlflow", "dvc"}),
-        ("rwkv_core.models", {"pytorch_lightning", "safetensors", "pydantic", "ninja", "prefect", "mlflow", "dvc"}),
+        (
+            "rwkv_core.models",
+            {"pytorch_lightning", "safetensors", "pydantic", "ninja", "triton", "fla", "prefect", "mlflow", "dvc"},
+        ),
         ("rwkv_core.adapters", {"pytorch_lightning", "pydantic"}),
-        ("rwkv_core.training.fit", {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "triton"}),
+        ("rwkv_core.training.fit", {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "fla"}),
         ("flows.cli", {"torch", "prefect", "mlflow", "dvc"}),
     ],
 )

@@ -1,0 +1,186 @@
+"""Every Triton kernel compiles for every GPU, as its operator launches it, on a machine that has none.
+
+The operators run on the CPU, forward and backward, under a driver that names a GPU: what they launch is compiled for it, and
+not started. That is done in a process of its own, with this file as a script: in pytest's, conftest.py has Triton interpret.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+class GPU(NamedTuple):
+    target: tuple[str, int | str, int]
+    """of Triton's GPUTarget: backend, architecture, lanes of a warp"""
+    shared: int
+    """bytes of shared memory that a program may have"""
+
+
+GPUS = {
+    "sm_80": GPU(("cuda", 80, 32), 163 << 10),
+    "sm_89": GPU(("cuda", 89, 32), 99 << 10),
+    "sm_90": GPU(("cuda", 90, 32), 227 << 10),
+    "sm_120": GPU(("cuda", 120, 32), 99 << 10),
+    "gfx942": GPU(("hip", "gfx942", 64), 64 << 10),
+}
+
+
+class Case(NamedTuple):
+    """What an operator is given: sizes, the dtype of activations, and that of parameters."""
+
+    batch: int
+    steps: int
+    heads: int
+    size: int
+    dtype: torch.dtype
+    stored: torch.dtype
+
+
+CASES = {
+    "usual": [Case(1, 96, 128, 64, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)],
+    "unusual": [
+        Case(1, 33, 3, 128, torch.float32, torch.float32),
+        Case(1, 33, 3, 128, torch.bfloat16, torch.float32),  # as in mixed precision
+        Case(2, 5, 3, 40, torch.float16, torch.float16),
+        Case(1, 1, 12, 64, torch.bfloat16, torch.bfloat16),  # of an argument that is 1 Triton makes a constant
+        Case(1, 1, 1, 8, torch.float32, torch.float32),
+    ],
+}
+
+
+@pytest.mark.parametrize(("gpu", "cases"), [
+    ("sm_90", "usual"),
+    *(pytest.param(gpu, "usual", marks=pytest.mark.slow) for gpu in GPUS if gpu != "sm_90"),
+    pytest.param("sm_90", "unusual", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_every_kernel_compiles_and_has_the_memory_that_it_needs(gpu, cases, tmp_path):
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}  # empty, so that all is compiled anew
+    command = [sys.executable, "-W", "ignore", __file__, gpu, cases]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    shared = json.loads(done.stdout)
+    print(gpu, cases, json.dumps(shared, indent=1))
+    assert {kernel: size for kernel, size in shared.items() if size > GPUS[gpu].shared} == {}
+
+
+def main(gpu, cases):
+    """Print the most shared memory that each kernel needs, in bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget(*GPUS[gpu].target)
+
+    class Driver:
+        def get_current_target(self):
+            return target
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, _device):
+            return 0
+
+    shared, errors, run = {}, [], JITFunction.run
+
+    def compile_instead(kernel, *xs, grid, warmup, **constants):
+        name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+        try:
+            done = run(kernel, *xs, grid=grid, warmup=True, **constants)
+            assert done.asm["cubin" if target.backend == "cuda" else "hsaco"]
+            shared[name] = max(done.metadata.shared, shared.get(name, 0))
+        except Exception as error:
+            errors.append(f"{name} {done_signature(xs)} {constants}: {error}")
+
+    def done_signature(xs):
+        return [getattr(x, "dtype", x) for x in xs]
+
+    driver.set_active(Driver())
+    JITFunction.run = compile_instead
+    torch.version.hip = "6" if target.backend == "hip" else None
+    for case in CASES[cases]:
+        launch(case)
+    if errors:
+        sys.exit("\n\n".join(errors))
+
+    kernels = set()
+    for file in sorted((ROOT / "kernels").glob("*_triton.py")):
+        module = importlib.import_module(f"kernels.{file.stem}")
+        functions = {name: f for name, f in vars(module).items() if isinstance(f, JITFunction)}
+        called = " ".join(re.sub(r"def \w+\(", "", f.src) for f in functions.values())
+        own = [name for name, f in functions.items() if f.fn.__module__ == module.__name__]
+        kernels |= {f"{module.__name__}.{name}" for name in own if not re.search(rf"\b{name}\(", called)}
+    assert set(shared) == kernels, f"not launched: {sorted(kernels - set(shared))}"
+    print(json.dumps(shared))
+
+
+def launch(case):
+    """Every operator as a model calls it. The values do not matter: nothing computes with them."""
+    from kernels import channel_mix, head_loss, time_mix7, token_shift, wkv4, wkv6, wkv7
+
+    batch, steps, heads, size, dtype, stored = case
+    rows, channels = batch * steps, heads * size
+    flat, split, square = (batch, steps, channels), (batch, steps, heads, size), (batch, heads, size, size)
+
+    def many(count, *shape, dtype=dtype):
+        return [torch.zeros(shape, dtype=dtype) for _ in range(count)]
+
+    def parameters(count, *shape):
+        return many(count, *shape, dtype=stored)
+
+    learn(wkv7, *many(6, *split), *many(1, *square, dtype=torch.float32))
+    learn(wkv6, *many(4, *split), *parameters(1, heads, size), *many(1, *square, dtype=torch.float32))
+    learn(wkv4, *many(2, *flat), *parameters(2, channels), *many(1, batch, 3, channels, dtype=torch.float32))
+    learn(channel_mix, *many(1, *flat))
+
+    prepare, readout = partial(time_mix7.apply_prepare, size=size), partial(time_mix7.apply_readout, eps=1e-5)
+    learn(prepare, *many(5, *flat), *parameters(2, channels), frozen=2)
+    learn(prepare, *many(2, *flat), None, *many(1, *flat), None, *parameters(2, channels), frozen=2)
+    learn(readout, *many(4, *split), *many(1, *flat), *parameters(2, channels), *parameters(1, heads, size), frozen=3)
+
+    def mix(form, x, last, *parameters):
+        norm = token_shift.Norm(*parameters[-2:], 1e-5) if len(parameters) > 2 else None
+        return token_shift.apply(form, x, last, parameters[:-2] if norm else parameters, norm)
+
+    for mixes in (1, 2, 8):  # of these 2 are a norm's
+        learn(mix, *many(1, *flat), *many(1, batch, channels), *parameters(mixes, channels), frozen=mixes)
+    with torch.autocast("cpu", torch.bfloat16):
+        learn(mix, *many(1, *flat), *many(1, batch, channels), *parameters(8, channels))
+
+    head_loss.slow_in = lambda _: False  # a GPU is not
+    for vocab in (65536, 277):
+        for token_weight in (None, torch.ones(rows)):
+            loss = partial(head_loss.apply, targets=torch.zeros(rows, dtype=int), l2_wrap=0.1, token_weight=token_weight)
+            learn(loss, torch.zeros(rows, 8, dtype=dtype), torch.zeros(vocab, 8, dtype=stored))
+
+
+def learn(operator, *xs, frozen=0):
+    """Forward alone, forward and backward, and the same with the last `frozen` inputs without gradients."""
+    op = partial(getattr(operator, "apply", operator), "triton")
+    op(*xs)
+    for trained in {len(xs), len(xs) - frozen}:
+        ys = op(*(x if x is None else x.detach().requires_grad_(i < trained) for i, x in enumerate(xs)))
+        ys = [y for y in flatten(ys) if y.requires_grad]
+        torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+
+
+def flatten(ys):
+    return [ys] if isinstance(ys, torch.Tensor) else [y for some in ys for y in flatten(some)]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
