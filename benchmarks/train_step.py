@@ -12,10 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import describe
 from kernels import head_loss as head
@@ -146,24 +150,37 @@ class Step:
         self.gradients()
         self.update()
 
-    def kept(self) -> dict[int, tuple[int, str]]:
-        """Storages that the forward of the blocks keeps for the backward, bytes and the first tensor seen of each."""
-        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        found: dict[int, tuple[int, str]] = {}
-        alive = []
+    def kept(self) -> dict[str, int]:
+        """Bytes of what the blocks' forward leaves alive for the backward, by shape and dtype."""
+        with _New() as new:
+            result = self.model.features(self.inputs)
+        alive = {key: found for key, found in new.found.items() if not found[0].expired()}
+        others = [result[0], *(x for block in result[1] for x in block), *self.model.parameters()]
+        for x in others:
+            alive.pop(x.untyped_storage()._cdata, None)
+        kept: dict[str, int] = {}
+        for _, name, size in alive.values():
+            kept[name] = kept.get(name, 0) + size
+        return kept
 
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                found.setdefault(
-                    storage.data_ptr(), (storage.nbytes(), f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
-                )
-                alive.append(storage)  # else another could get its address
-            return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            self.model.features(self.inputs)
-        return found
+class _New(TorchDispatchMode):
+    """Notes the memory of everything that is made within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, tuple[StorageWeakRef, str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                name = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+                known = self.found.get(storage._cdata)
+                if known is None or known[0].expired():
+                    self.found[storage._cdata] = StorageWeakRef(storage), name, storage.nbytes()
+        return result
 
 
 def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
@@ -186,7 +203,7 @@ def breakdown(step: Step) -> dict[str, float]:
 
 def units(step: Step, itemsize: int) -> float:
     """What is kept, in values of C for each token and layer."""
-    size = sum(size for size, _ in step.kept().values())
+    size = sum(step.kept().values())
     return size / (len(step.targets) * LAYERS * CHANNELS * itemsize)
 
 

@@ -6,6 +6,7 @@ Shapes: ... any number of rows.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from kernels import build
 from kernels.choice import direct
 
 Activation = Literal["none", "tanh", "sigmoid"]
+
+Remake = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 ROWS = 8
 """Up to this many rows each weight is read once for all of them."""
@@ -83,8 +86,9 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def low_rank(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none"
-) -> Tensor:
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none", *,
+    remake: Remake = lambda make, hidden: make(hidden),
+) -> Tensor:  # fmt: skip
     """A low-rank pair of RWKV: bias + activation(x down) up.
 
     Args:
@@ -93,6 +97,8 @@ def low_rank(
         up: (rank, out), in the dtype of `down`.
         bias: out values of any shape, in the dtype of `down`, or None.
         activation: of the hidden values.
+        remake: calls the function that it is given, which makes the result from the hidden values: who has these need not
+            keep that.
 
     Returns:
         (..., out) in the dtype of x.
@@ -101,11 +107,15 @@ def low_rank(
     rows = x.numel() // size if size else 0
     given = (x, down, up) if bias is None else (x, down, up, bias)
     if not rows or not direct("linear", *given) or any(w.dtype != down.dtype for w in given[2:]):
-        return low_rank_reference(x, down, up, bias, activation)
+        return low_rank_reference(x, down, up, bias, activation, remake)
     if rows > ROWS:
         if not slow_in(x):
-            return low_rank_reference(x, down, up, bias, activation)
-        return low_rank_reference(x.float(), down, up, bias, activation).to(x.dtype)
+            return low_rank_reference(x, down, up, bias, activation, remake)
+        dtype = x.dtype
+        return low_rank_reference(
+            x.float(), down, up, bias, activation,
+            lambda make, hidden: remake(lambda hidden: make(hidden).to(dtype), hidden),
+        )  # fmt: skip
     out = up.shape[1]
     if down.shape[0] != size or up.shape[0] != rank or (bias is not None and bias.numel() != out):
         shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
@@ -123,12 +133,17 @@ def low_rank(
 
 
 def low_rank_reference(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none"
-) -> Tensor:
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: Activation = "none",
+    remake: Remake = lambda make, hidden: make(hidden),
+) -> Tensor:  # fmt: skip
     """The same by torch, with gradients, for any number of rows.
 
     The bias goes into the second product: no pass of its own, and no rounding; and autocast, which would leave a sum with a
     float32 bias in float32, twice as wide as what it stands beside, gives what it gives for every product.
     """
-    hidden = _ACTIVATIONS[activation](x @ down.to(x.dtype))
-    return F.linear(hidden, up.mT.to(x.dtype), None if bias is None else bias.to(x.dtype).view(-1))
+    dtype = x.dtype
+
+    def raised(hidden: Tensor) -> Tensor:
+        return F.linear(hidden, up.mT.to(dtype), None if bias is None else bias.to(dtype).view(-1))
+
+    return remake(raised, _ACTIVATIONS[activation](x @ down.to(x.dtype)))

@@ -67,15 +67,15 @@ def mix(
         or any([p.dtype is not first.dtype for p in parameters])
     ):
         return apply(choose("token_shift", op, FORMS, x), x, last, mus, norm)
-    z, final = x.new_empty(len(mus), *x.shape), torch.empty_like(last)
     x, last = x.contiguous(), last.contiguous()
+    z, final = [torch.empty_like(x) for _ in mus], torch.empty_like(last)
     kept = [p.contiguous() for p in parameters]  # as long as their memory is read
     addresses = [p.data_ptr() for p in kept]
     _forward_cpu(
-        x, last, _addresses(z), addresses[: len(mus)], addresses[len(mus) :] or (0, 0), norm.eps if norm else 0.0,
-        (x.dtype, first.dtype), final, 0,
+        x, last, [y.data_ptr() for y in z], addresses[: len(mus)], addresses[len(mus) :] or (0, 0),
+        norm.eps if norm else 0.0, (x.dtype, first.dtype), final, 0,
     )  # fmt: skip
-    return z.unbind(), final
+    return tuple(z), final
 
 
 def mix_reference(

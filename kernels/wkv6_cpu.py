@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels import build
 from kernels.wkv7_cpu import bf16_bits, readable
 
-INTERVAL = 32
+INTERVAL = 64
 """Steps from one kept state to the next."""
 
 

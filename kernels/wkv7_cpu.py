@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels import build
 from kernels.choice import CPU_DTYPES
 
-INTERVAL = 32
+INTERVAL = 64
 """Steps from one kept state to the next."""
 
 

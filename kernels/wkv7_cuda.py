@@ -56,6 +56,8 @@ def forward(
         RuntimeError: CUDA's own.
     """
     size = r.shape[-1]
+    if size > max(SOURCES):
+        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {max(SOURCES)} at most; say op='triton'")
     inputs, state = _readable(r, w_raw, k, v, a, b), _aligned(pad(state, (0, -size % 8, 0, -size % 8)))
     shape, plan = _shape(inputs[0])
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
@@ -104,8 +106,6 @@ def _aligned(x: Tensor) -> Tensor:
 def _shape(x: Tensor) -> tuple[tuple[int, ...], Plan]:
     """The beginning of a record, and the plan that it has a part of."""
     batch, steps, heads, size = x.shape
-    if size > max(SOURCES):
-        raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {max(SOURCES)} at most; say op='triton'")
     plan = _plan(batch, steps, heads, size, x.dtype, x.device, schedule)
     return (batch, steps, heads, size, x.dtype == torch.bfloat16, plan.parallel, plan.warps), plan
 

@@ -59,6 +59,61 @@ def run(op: Run, xs: Sequence[Tensor], dtype: torch.dtype | None = None) -> tupl
     return y.detach(), final.detach(), *torch.autograd.grad((y, final), xs, (dy, dfinal))
 
 
+def compare(
+    names: Iterable[str], op: Run, yardstick: Run, truth: Run, xs: Sequence[Tensor], *, narrow: bool = False
+) -> tuple[Tensor, ...]:
+    """Assert that results and gradients of `op` are as good as those of `yardstick` in the same precision; return them.
+
+    Tensor cores round the operands of products. On bfloat16 inputs these roundings are less than those of the inputs; a float32
+    result of a form that uses them is then judged as a bfloat16 one, if `narrow`.
+    """
+    fast, slow = run(op, xs), run(yardstick, xs)
+    exact = run(truth, [x.double() for x in xs], xs[0].dtype)
+    for name, got, want, right in zip(names, fast, slow, exact, strict=True):
+        assert got.dtype == want.dtype, name
+        if narrow and xs[0].dtype == torch.bfloat16:
+            got, want = got.bfloat16(), want.bfloat16()
+        assert_parity(name, got, want, right)
+    return fast
+
+
+def run_backwards(op: Run, xs: Sequence[Tensor], *sources: str) -> tuple[Tensor, ...]:
+    """As `run`, threads and blocks of CUDA's stand-in in the reverse order: where a barrier is missing, results differ."""
+    orders = [build.function(source, "rwkv_shim_order", "q", "host") for source in sources]
+    try:
+        for order in orders:
+            order(1)
+        return run(op, xs)
+    finally:
+        for order in orders:
+            order(0)
+
+
+def amid_nan(x: Tensor, before: int = 8) -> Tensor:
+    """Equal to x, with so many NaN before it in memory, and 8 behind it."""
+    whole = x.new_full((before + x.numel() + 8,), torch.nan)
+    inner = whole[before:-8].view(x.shape)
+    return inner.copy_(x)
+
+
+def assert_guarded(
+    form: ModuleType, xs: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch, *, all_written: bool = True
+) -> None:
+    """Assert that a form's functions read nothing before they write it, and write nothing beyond their tensors."""
+    dy, dfinal = torch.randn(xs[0].shape).to(xs[0]), torch.randn(xs[-1].shape)
+
+    def both() -> tuple[Tensor, ...]:
+        y, final, kept = form.forward(*xs, True)
+        return y, final, *form.backward(*xs[:-1], kept, dy, dfinal)
+
+    clean = both()
+    with monkeypatch.context() as patch:
+        check = guard(patch)
+        guarded = both()
+    assert check(all_written) >= len(clean)
+    assert all(torch.equal(x, y) for x, y in zip(clean, guarded, strict=True))
+
+
 DECAYS = {"usual": (-6.0, 2.0), "any": (-15.0, 15.0), "strongest": (15.0, 15.0), "none": (-15.0, -15.0)}
 """Ranges of w_raw."""
 
@@ -129,19 +184,9 @@ class Contract:
     def compare(
         self, xs: Sequence[Tensor], op: Run, yardstick: Run | None = None, *, where: Where | None = None
     ) -> None:
-        """Assert that `op` is as good as `yardstick`, or the reference, in the same precision.
-
-        Tensor cores round the operands of products. On bfloat16 inputs these roundings are less than those of the inputs; a
-        float32 result of a form that uses them is then judged as a bfloat16 one.
-        """
-        op, yardstick, truth = (self.comparable(f, xs) for f in (op, yardstick or self.reference, self.reference))
-        fast, slow = run(op, xs), run(yardstick, xs)
-        exact = run(truth, [x.double() for x in xs], xs[0].dtype)
-        for name, got, want, right in zip(self.names, fast, slow, exact, strict=True):
-            assert got.dtype == want.dtype, name
-            if where and where.form in ("cuda", "triton") and xs[0].dtype == torch.bfloat16:
-                got, want = got.bfloat16(), want.bfloat16()
-            assert_parity(name, got, want, right)
+        """Assert that `op` is as good as `yardstick`, or the reference, in the same precision."""
+        ops = (self.comparable(f, xs) for f in (op, yardstick or self.reference, self.reference))
+        compare(self.names, *ops, xs, narrow=bool(where and where.form in ("cuda", "triton")))
 
     def comparable(self, op: Run, _xs: Sequence[Tensor]) -> Run:
         """The op, its outputs such that equal meaning is equal numbers."""

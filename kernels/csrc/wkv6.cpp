@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t LENGTH = 16;
-constexpr int64_t INTERVAL = 32;
+constexpr int64_t INTERVAL = 64;
 
 enum Input { R, K, V, W, TIMED, U = TIMED, INPUTS };
 
@@ -337,7 +337,7 @@ void backward(const Inputs& in, const Shape& s, const Heads& heads, const float*
 
 // r, k, v, w_raw: (B, T, H, N), u: (H, N), contiguous, each float32 or bfloat16: `is_bf16` has a bit for each, from the lowest.
 // y: (B, T, H, N) in the dtype of r. state, final: (B, H, N, N) float32, value by key.
-// before: (B, H, intervals, N, N) float32, key by value, the states before steps 0, 32, ...; null if nobody will ask.
+// before: (B, H, intervals, N, N) float32, key by value, the states before steps 0, 64, ...; null if nobody will ask.
 struct Wkv6Forward {
     const void* inputs[INPUTS];
     const float* state;

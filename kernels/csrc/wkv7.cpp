@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int64_t LENGTH = 8;
-constexpr int64_t INTERVAL = 32;
+constexpr int64_t INTERVAL = 64;
 
 enum Input { R, W, K, V, A, B, INPUTS };
 
@@ -380,7 +380,7 @@ void backward(const Inputs& in, const Shape& s, const Heads& heads, const float*
 
 // r, w_raw, k, v, a, b: (B, T, H, N) contiguous, each float32 or bfloat16: `is_bf16` has a bit for each, from the lowest.
 // y: the same, in the dtype of r. state, final: (B, H, N, N) float32, value by key.
-// before: (B, H, intervals, N, N) float32, key by value, the states before steps 0, 32, ...; null if nobody will ask.
+// before: (B, H, intervals, N, N) float32, key by value, the states before steps 0, 64, ...; null if nobody will ask.
 struct Wkv7Forward {
     const void* inputs[INPUTS];
     const float* state;

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from kernels.channel_mix import relu_squared
 from kernels.choice import Op
-from kernels.token_shift import Norm, mix
+from kernels.token_shift import Norm
 from kernels.wkv4 import NOTHING, wkv4
 from rwkv_core.models.initial import depth, orthogonal, put, ramp, token_shift
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
+from rwkv_core.models.remake import Remake
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, mixed, vector, width
 
 
 class TimeMix(nn.Module):
@@ -32,13 +33,14 @@ class TimeMix(nn.Module):
         self.output = Linear(s.dim_att, s.n_embd)
 
     def forward(
-        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor
+        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor, remake: Remake
     ) -> tuple[Tensor, None, Tensor, Tensor]:
         """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
         mus = [1 - own for own in (self.time_mix_k, self.time_mix_v, self.time_mix_r)]
-        (xk, xv, xr), last = mix(x, last, mus, norm, op=self.op)
+        xk, xv, xr, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
         y, state = wkv4(self.key(xk), self.value(xv), self.time_decay, self.time_first, state, op=self.op)
-        return self.output(torch.sigmoid(self.receptance(xr)) * y), v_first, last, state
+        gate = torch.sigmoid(self.receptance(xr))
+        return self.output(remake(torch.mul, gate, y)), v_first, last, state
 
 
 class ChannelMix(nn.Module):
@@ -52,9 +54,10 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(s.n_embd, s.n_embd)
         self.value = Linear(s.dim_ffn, s.n_embd)
 
-    def forward(self, x: Tensor, norm: Norm, last: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: Norm, last: Tensor, remake: Remake) -> tuple[Tensor, Tensor]:
         """(B, T, C), its norm and the shift state -> (B, T, C) and the shift state."""
-        (xk, xr), last = mix(x, last, (1 - self.time_mix_k, 1 - self.time_mix_r), norm, op=self.op)
+        mus = 1 - self.time_mix_k, 1 - self.time_mix_r
+        xk, xr, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
         gate = torch.sigmoid(self.receptance(xr))
         return gate * self.value(relu_squared(self.key(xk), op=self.op)), last
 

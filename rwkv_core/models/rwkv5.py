@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choice import Op
-from kernels.token_shift import Norm, mix
+from kernels.token_shift import Norm
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put, token_shift
+from rwkv_core.models.remake import Remake
 from rwkv_core.models.rwkv4 import ChannelMix
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, mixed, vector, width
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,23 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
 
     def forward(
-        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor
+        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor, remake: Remake
     ) -> tuple[Tensor, None, Tensor, Tensor]:
         """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
         batch, time, _ = x.shape
         own = (self.time_mix_k, self.time_mix_v, self.time_mix_r, *((self.time_mix_g,) if self.gated else ()))
-        (xk, xv, xr, *xg), last = mix(x, last, [1 - mu for mu in own], norm, op=self.op)
+        mus = [1 - mu for mu in own]
+        xk, xv, xr, *xg, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
         r, k, v = (z.view(batch, time, -1, self.head_size) for z in (self.receptance(xr), self.key(xk), self.value(xv)))
         y, state = wkv6(r, k, v, self._by_channel(self.time_decay).expand_as(r), self._bonus(), state, op=self.op)
-        y = self.ln_x(y.reshape(batch * time, -1)).view(batch, time, -1)
+        y = remake(self._normed, y)
         if self.gated:
-            y = y * F.silu(self.gate(*xg))
+            y = remake(torch.mul, y, remake(F.silu, self.gate(*xg)))
         return self.output(y), v_first, last, state
+
+    def _normed(self, y: Tensor) -> Tensor:
+        normed: Tensor = self.ln_x(y.flatten(0, 1).flatten(1))
+        return normed.view(*y.shape[:2], -1)
 
     def _by_channel(self, x: Tensor) -> Tensor:
         """(H,) or (H, N) -> (H, N)."""

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from kernels.channel_mix import relu_squared
 from kernels.choice import Op
-from kernels.token_shift import Norm, mix
+from kernels.linear import low_rank
+from kernels.token_shift import Norm
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
+from rwkv_core.models.remake import Remake
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, mixed, vector, width
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,37 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(heads, s.dim_att, eps=s.group_norm_eps)
 
     def forward(
-        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor
+        self, x: Tensor, norm: Norm, v_first: None, last: Tensor, state: Tensor, remake: Remake
     ) -> tuple[Tensor, None, Tensor, Tensor]:
         """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
-        batch, time, c = x.shape
-        own, other = torch.zeros_like(self.time_maa_x), torch.ones_like(self.time_maa_x)
-        with torch.autocast(x.device.type, enabled=False):  # x is not for a matrix yet: it keeps its precision
-            (x, before, xx), last = mix(x, last, (own, other, self.time_maa_x), norm, op=self.op)
-        delta = before - x
+        batch, time, _ = x.shape
+        mus = torch.zeros_like(self.time_maa_x), torch.ones_like(self.time_maa_x), self.time_maa_x
+        with torch.autocast(x.device.type, enabled=False):  # these are not for a matrix yet: they keep their precision
+            x, before, xx, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
+        delta = remake(torch.sub, before, x)
         # how far each of five inputs moves towards the token before: a fixed part and one that depends on the data
         hidden = torch.tanh(xx @ self.time_maa_w1).view(batch * time, 5, -1)
-        moves = torch.bmm(hidden.transpose(0, 1), self.time_maa_w2).view(5, batch, time, c)
-        fixed = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        xw, xk, xv, xr, xg = (torch.addcmul(x, delta, mu + move) for mu, move in zip(fixed, moves, strict=True))
+        xw, xk, xv, xr, xg = remake(_moved, x, delta, *remake(self._shares, hidden))
 
-        w_raw = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        r, k, v, w_raw = (
-            z.view(batch, time, -1, self.head_size) for z in (self.receptance(xr), self.key(xk), self.value(xv), w_raw)
-        )
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w_raw = low_rank(xw, self.time_decay_w1, self.time_decay_w2, self.time_decay, "tanh", remake=remake)
+        r, k, v, w_raw = (z.view(batch, time, -1, self.head_size) for z in (r, k, v, w_raw))
         y, state = wkv6(r, k, v, w_raw, self.time_faaaa, state, op=self.op)
-        y = self.ln_x(y.reshape(batch * time, -1)).view(batch, time, -1)
-        return self.output(y * F.silu(self.gate(xg))), v_first, last, state
+        y = remake(torch.mul, remake(self._normed, y), remake(F.silu, self.gate(xg)))
+        return self.output(y), v_first, last, state
+
+    def _shares(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        moves = torch.bmm(hidden.transpose(0, 1), self.time_maa_w2)
+        fixed = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        return tuple(mu + move for mu, move in zip(fixed, moves, strict=True))
+
+    def _normed(self, y: Tensor) -> Tensor:
+        normed: Tensor = self.ln_x(y.flatten(0, 1).flatten(1))
+        return normed.view(*y.shape[:2], -1)
+
+
+def _moved(x: Tensor, delta: Tensor, *shares: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.addcmul(x, delta, share.view_as(x)) for share in shares)
 
 
 class ChannelMix(nn.Module):
@@ -87,9 +99,10 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(s.n_embd, s.n_embd)
         self.value = Linear(s.dim_ffn, s.n_embd)
 
-    def forward(self, x: Tensor, norm: Norm, last: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: Norm, last: Tensor, remake: Remake) -> tuple[Tensor, Tensor]:
         """(B, T, C), its norm and the shift state -> (B, T, C) and the shift state."""
-        (xk, xr), last = mix(x, last, (self.time_maa_k, self.time_maa_r), norm, op=self.op)
+        mus = self.time_maa_k, self.time_maa_r
+        xk, xr, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
         gate = torch.sigmoid(self.receptance(xr))
         return gate * self.value(relu_squared(self.key(xk), op=self.op)), last
 

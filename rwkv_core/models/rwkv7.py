@@ -18,10 +18,11 @@ from kernels.channel_mix import relu_squared
 from kernels.choice import Op, direct
 from kernels.linear import ROWS, low_rank
 from kernels.time_mix7 import prepare, readout
-from kernels.token_shift import Norm, mix
+from kernels.token_shift import Norm
 from kernels.wkv7 import wkv7
 from rwkv_core.models.initial import depth, orthogonal, position, put, ramp
-from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, vector, width
+from rwkv_core.models.remake import Remake
+from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, mixed, vector, width
 from rwkv_core.models.state import BlockState, State
 
 
@@ -66,23 +67,32 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(heads, c, eps=s.group_norm_eps)
 
     def forward(
-        self, x: Tensor, norm: Norm, v_first: Tensor | None, last: Tensor, state: Tensor
+        self, x: Tensor, norm: Norm, v_first: Tensor | None, last: Tensor, state: Tensor, remake: Remake
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, T, C), its norm, layer 0's value (None in layer 0), shift and WKV state -> output, that value, both states."""
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        (xr, xw, xk, xv, xa, xg), last = mix(x, last, mixes, norm, op=self.op)
+        xr, xw, xk, xv, xa, xg, last = remake(lambda x, last: mixed(x, last, mixes, norm, self.op), x, last)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w_raw = low_rank(xw, self.w1, self.w2, self.w0, "tanh")
-        a_raw = low_rank(xa, self.a1, self.a2, self.a0)  # in-context learning rate
-        g = low_rank(xg, self.g1, self.g2, None, "sigmoid")
-        share = None if v_first is None else low_rank(xv, self.v1, self.v2, self.v0)  # of the value of layer 0
+        w_raw = low_rank(xw, self.w1, self.w2, self.w0, "tanh", remake=remake)
+        a_raw = low_rank(xa, self.a1, self.a2, self.a0, remake=remake)  # in-context learning rate
+        g = low_rank(xg, self.g1, self.g2, None, "sigmoid", remake=remake)
+        share = None  # of the value of layer 0
+        if v_first is not None:
+            share = low_rank(xv, self.v1, self.v2, self.v0, remake=remake)
         first = v if v_first is None else v_first
-        k, v, a, b = prepare(k, v, v_first, a_raw, share, self.k_k, self.k_a, self.head_size, op=self.op)
+        k, v, a, b = remake(self._prepare, k, v, v_first, a_raw, share)
         r, w_raw = (z.unflatten(-1, (-1, self.head_size)) for z in (r, w_raw))
         y, state = wkv7(r, w_raw, k, v, a, b, state, op=self.op)
+        return self.output(remake(self._readout, y, r, k, v, g)), first, last, state
+
+    def _prepare(
+        self, k0: Tensor, v0: Tensor, v_first: Tensor | None, a_raw: Tensor, share: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return prepare(k0, v0, v_first, a_raw, share, self.k_k, self.k_a, self.head_size, op=self.op)
+
+    def _readout(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         ln = self.ln_x
-        read = readout(y, r, k, v, g, ln.weight, ln.bias, self.r_k, ln.eps, op=self.op)
-        return self.output(read), first, last, state
+        return readout(y, r, k, v, g, ln.weight, ln.bias, self.r_k, ln.eps, op=self.op)
 
 
 class ChannelMix(nn.Module):
@@ -95,10 +105,10 @@ class ChannelMix(nn.Module):
         self.key = Linear(s.n_embd, s.dim_ffn)
         self.value = Linear(s.dim_ffn, s.n_embd)
 
-    def forward(self, x: Tensor, norm: Norm, last: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: Norm, last: Tensor, remake: Remake) -> tuple[Tensor, Tensor]:
         """(B, T, C), its norm and the shift state -> (B, T, C) and the shift state."""
-        (mixed,), last = mix(x, last, (self.x_k,), norm, op=self.op)
-        return self.value(relu_squared(self.key(mixed), op=self.op)), last
+        xk, last = remake(lambda x, last: mixed(x, last, (self.x_k,), norm, self.op), x, last)
+        return self.value(relu_squared(self.key(xk), op=self.op)), last
 
 
 class WholeModel:

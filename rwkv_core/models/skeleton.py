@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from kernels.choice import Op
 from kernels.linear import linear
-from kernels.token_shift import Norm
+from kernels.token_shift import Norm, mix
+from rwkv_core.models.remake import Remake
 from rwkv_core.models.state import BlockState, State
 
 
@@ -62,6 +63,12 @@ def vector(channels: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, channels))
 
 
+def mixed(x: Tensor, last: Tensor, mus: Sequence[Tensor], norm: Norm, op: Op) -> tuple[Tensor, ...]:
+    """The mixes of `kernels.token_shift.mix`, and behind them the last token."""
+    mixes, last = mix(x, last, mus, norm, op=op)
+    return *mixes, last
+
+
 class Block(nn.Module):
     """Time mixing, then channel mixing, each on a residual branch. Each does its layer norm itself, on the way to its mixes."""
 
@@ -77,10 +84,11 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C); also RWKV-7's value of layer 0, and the state after the last token."""
         if self.layer == 0:
             x = self.ln0(x)
-        mixed, v_first, att_shift, wkv = self.att(x, _norm(self.ln1), v_first, state.att_shift, state.wkv)
-        x = x + mixed
-        mixed, ffn_shift = self.ffn(x, _norm(self.ln2), state.ffn_shift)
-        return x + mixed, v_first, BlockState(att_shift, wkv, ffn_shift)
+        with Remake() as remake:
+            change, v_first, att_shift, wkv = self.att(x, _norm(self.ln1), v_first, state.att_shift, state.wkv, remake)
+            x = x + change
+            change, ffn_shift = self.ffn(x, _norm(self.ln2), state.ffn_shift, remake)
+            return x + change, v_first, BlockState(att_shift, wkv, ffn_shift)
 
 
 def _norm(ln: nn.LayerNorm) -> Norm:
@@ -91,9 +99,9 @@ class RWKV(nn.Module, ABC):
     """The whole model. Each version is a subclass."""
 
     time_mix: ClassVar[Any]
-    """Of a block: made from (shape, layer, op); (x, norm, v_first, shift, wkv) -> (output, v_first, shift, wkv)."""
+    """Of a block: made from (shape, layer, op); (x, norm, v_first, shift, wkv, remake) -> (output, v_first, shift, wkv)."""
     channel_mix: ClassVar[Any]
-    """Of a block: made from (shape, layer, op); (x, norm, shift) -> (output, shift)."""
+    """Of a block: made from (shape, layer, op); (x, norm, shift, remake) -> (output, shift)."""
     rates: ClassVar[Mapping[str, float]]
     """Ends of parameter names, and how many times the learning rate of the others they learn with in full training."""
 

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -437,44 +435,3 @@ def test_readout_refuses_what_does_not_fit(i, shape, message):
     xs[i] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
         readout(*xs, eps=EPS)
-
-
-COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-
-from kernels import time_mix7_triton as module
-
-NONE = {
-    module._prepare: ("v_first", "v_raw"),
-    module._prepare_backward: ("v_first", "v_raw", "v", "dv_first", "dv_raw", "sums"),
-    module._readout: (),
-    module._readout_backward: ("sums",),
-}
-TYPES = {"rows": "i32", "heads": "i32", "eps": "fp32"} | dict.fromkeys(
-    ("k_k", "k_a", "weight", "bias", "r_k", "sums"), "*fp32"
-)
-
-def check(kernel, arch, whole, **constants):
-    names = kernel.arg_names
-    constants |= {} if whole else dict.fromkeys(NONE[kernel])
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    assert compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
-
-for arch in (80, 89, 90, 120):
-    for heads, size in ((12, 64), (3, 40), (5, 8)) if arch == 80 else ((12, 64),):
-        for whole in (True, False) if size == 64 else (True,):
-            sizes = module.tile(heads, size) | {"MIXED": whole, "WANTED": whole, "TILES": 4 if whole else 1}
-            for kernel in NONE:
-                check(kernel, arch, whole, **sizes)
-print("compiled")
-"""
-
-
-def test_triton_compiles_for_gpus():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
-    assert done.stdout.endswith("compiled\n"), done.stderr

@@ -1,7 +1,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -437,40 +436,3 @@ def test_a_fault_in_triton_is_caught(fault, tmp_path, monkeypatch):
         monkeypatch.setattr(token_shift_triton, name, getattr(other, name))
     with pytest.raises(AssertionError, match=r"error|NaN"):
         prove(form(INTERPRETER), 9)
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels import channel_mix_triton, token_shift_triton as shift
-
-def compile(kernel, types, constants, architecture, warps):
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    constants = {name: value for name, value in constants.items() if name in signature}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["cubin"]
-
-for architecture in (80, 89, 90, 120):
-    cases = [("*bf16", 6, True, 1024, 4), *([("*fp32", 2, False, 8192, 16)] if architecture == 80 else [])]
-    for x, mixes, norm, block, warps in cases:
-        types = dict.fromkeys(("x", "y", "dy", "last", "final", "dfinal", "dx", "dlast", "mus", "weight", "bias"), x)
-        types |= dict.fromkeys(("steps", "size", "rows", "count"), "i32") | {"statistics": "*fp32", "sums": "*fp32"}
-        types |= {"eps": "fp32", "z": (x,) * mixes, "dz": (x,) * mixes}
-        none = {} if norm else {"weight": None, "bias": None}
-        tokens = {"TOKENS": 4, "BLOCK": block, "MIXES": mixes, "NORM": norm} | none
-        compile(shift._forward, types, tokens | {"KEEP": norm}, architecture, warps)
-        compile(shift._backward, types, tokens, architecture, warps)
-        tile = {"ROWS": 32, "COLUMNS": 64, "MIXES": mixes, "NORM": norm, "OF_MUS": True, "OF_NORM": norm} | none
-        compile(shift._of_parameters, types, tile, architecture, 4)
-        for kernel in (channel_mix_triton._forward, channel_mix_triton._backward):
-            compile(kernel, types, {"BLOCK": 2048}, architecture, 8)
-"""
-
-
-def test_triton_compiles_for_the_usual_gpus(tmp_path):
-    """channel_mix's too."""
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(module.__file__).parents[1]), "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=env, check=True, cwd=tmp_path)
