@@ -22,7 +22,8 @@ def relu_squared(x: Tensor, *, op: Op = "auto") -> Tensor:
     """max(x, 0)^2.
 
     Args:
-        x: of any shape. Where no gradients are recorded, it is overwritten and comes back.
+        x: of any shape. Where no gradients are recorded, it is overwritten and comes back, which is memory's
+            speed in any form.
         op: the implementation, see `kernels.choice`; "torch" and "reference" are torch.
 
     Raises:
@@ -34,6 +35,7 @@ def relu_squared(x: Tensor, *, op: Op = "auto") -> Tensor:
     if op in ("auto", "cpu") and x.is_contiguous() and direct("channel_mix", x):
         _forward_cpu(x, x)
         return x
+    choose("channel_mix", op, FORMS, x)  # an error where it is due
     return x.relu_().square_()
 
 

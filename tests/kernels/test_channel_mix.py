@@ -244,6 +244,11 @@ def test_where_nobody_asks_for_gradients_it_is_done_in_place(dtype, device):
             assert torch.equal(relu_squared(mine), want)
 
 
+def test_what_cannot_be_is_refused_in_place_too():
+    with torch.no_grad(), pytest.raises(ValueError, match="op='cpu'"):
+        relu_squared(draw(3, 70).double(), op="cpu")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_does_not_change_it(device):
     x = draw(3, 70, device=device)

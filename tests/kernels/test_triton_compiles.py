@@ -52,8 +52,8 @@ CASES = {
     "bfloat16": [Case(1, 96, 128, 64, torch.bfloat16, torch.bfloat16)],
     "others": [
         Case(1, 33, 3, 128, torch.float32, torch.float32),
-        Case(1, 33, 3, 128, torch.bfloat16, torch.float32),  # mixed precision
-        Case(1, 1, 1, 40, torch.float16, torch.float16),  # of arguments that are 1 Triton makes constants
+        Case(1, 33, 3, 128, torch.float16, torch.float16),
+        Case(1, 1, 1, 40, torch.bfloat16, torch.float32),  # mixed precision; and Triton makes constants of what is 1
     ],
 }
 
@@ -108,10 +108,7 @@ def main(gpu, *cases):
             assert done.asm["cubin" if target.backend == "cuda" else "hsaco"]
             shared[name] = max(done.metadata.shared, shared.get(name, 0))
         except Exception as error:
-            errors.append(f"{name} {done_signature(xs)} {constants}: {error}")
-
-    def done_signature(xs):
-        return [getattr(x, "dtype", x) for x in xs]
+            errors.append(f"{name} {[getattr(x, 'dtype', x) for x in xs]} {constants}: {error}")
 
     driver.set_active(Driver())
     JITFunction.run = compile_instead
