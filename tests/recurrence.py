@@ -62,19 +62,29 @@ def run(op: Run, xs: Sequence[Tensor], dtype: torch.dtype | None = None) -> tupl
 def compare(
     names: Iterable[str], op: Run, yardstick: Run, truth: Run, xs: Sequence[Tensor], *, narrow: bool = False
 ) -> tuple[Tensor, ...]:
-    """Assert that results and gradients of `op` are as good as those of `yardstick` in the same precision; return them.
+    """Assert that results and gradients of `op` are as good as those of `yardstick` in the same precision; return them."""
+    got, want = run(op, xs), run(yardstick, xs)
+    judge(names, got, want, run(truth, [x.double() for x in xs], xs[0].dtype), narrow=narrow)
+    return got
+
+
+def judge(
+    names: Iterable[str],
+    fast: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    *,
+    narrow: bool = False,
+) -> None:
+    """Assert parity of results, the first of which is an output.
 
     Tensor cores round the operands of products. On bfloat16 inputs these roundings are less than those of the inputs; a float32
     result of a form that uses them is then judged as a bfloat16 one, if `narrow`.
     """
-    fast, slow = run(op, xs), run(yardstick, xs)
-    exact = run(truth, [x.double() for x in xs], xs[0].dtype)
+    narrow = narrow and fast[0].dtype == torch.bfloat16
     for name, got, want, right in zip(names, fast, slow, exact, strict=True):
         assert got.dtype == want.dtype, name
-        if narrow and xs[0].dtype == torch.bfloat16:
-            got, want = got.bfloat16(), want.bfloat16()
-        assert_parity(name, got, want, right)
-    return fast
+        assert_parity(name, *(x.bfloat16() if narrow else x for x in (got, want)), right)
 
 
 def run_backwards(op: Run, xs: Sequence[Tensor], *sources: str) -> tuple[Tensor, ...]:

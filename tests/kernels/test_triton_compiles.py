@@ -61,11 +61,11 @@ CASES = {
 @pytest.mark.parametrize(("gpu", "cases"), [
     ("sm_90", "bfloat16"),
     *(pytest.param(*which, marks=pytest.mark.slow) for which in (
-        ("sm_80", "float32 bfloat16"),
+        ("sm_80", "bfloat16"),
         ("sm_89", "bfloat16"),
         ("sm_90", "float32 others"),
         ("sm_120", "bfloat16"),
-        ("gfx942", "float32 bfloat16"),
+        ("gfx942", "bfloat16"),
     )),
 ])  # fmt: skip
 def test_every_kernel_compiles_and_has_the_memory_that_it_needs(gpu, cases, tmp_path):

@@ -4,11 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from parity import assert_parity
-from recurrence import DEVICES, run
-from sentinels import guard
+from recurrence import DEVICES, amid_nan, assert_guarded, run, run_backwards
+from recurrence import compare as compare_with
 
-from kernels import build, wkv4_cuda
+from kernels import wkv4_cuda
 from kernels.wkv4 import NOTHING, apply, wkv4_reference
 
 cuda = partial(apply, "cuda")
@@ -53,11 +52,8 @@ def compare(xs):
 
         return sums
 
-    fast, slow = run(in_unit(cuda), xs), run(in_unit(wkv4_reference), xs)
-    exact = run(in_unit(wkv4_reference), [x.double() for x in xs], xs[0].dtype)
-    for name, got, want, right in zip(NAMES, fast, slow, exact, strict=True):
-        assert got.dtype == want.dtype, name
-        assert_parity(name, got, want, right)
+    reference = in_unit(wkv4_reference)
+    fast = compare_with(NAMES, in_unit(cuda), reference, reference, xs)
     assert fast[6][:, 2].eq(0).all()
     return fast
 
@@ -104,32 +100,13 @@ def test_exponents_far_from_0_are_not_rounded_away(schedule, device):
 
 
 def test_nothing_is_read_before_it_is_written_nor_written_elsewhere(schedule, monkeypatch):
-    xs = draw(2, 150, 70)
-    dy, dfinal = torch.randn(xs[0].shape), torch.randn(xs[4].shape)
-
-    def both():
-        y, final, kept = wkv4_cuda.forward(*xs, True)
-        return y, final, *wkv4_cuda.backward(*xs[:-1], kept, dy, dfinal)
-
-    clean = both()
-    check = guard(monkeypatch)
-    guarded = both()
-    monkeypatch.undo()
-    assert check() >= 10
-    assert all(torch.equal(x, y) for x, y in zip(clean, guarded, strict=True))
+    assert_guarded(wkv4_cuda, [amid_nan(x) for x in draw(2, 150, 70)], monkeypatch)
 
 
 def test_the_order_of_threads_changes_no_bit(schedule):
     """Where a barrier is missing, it would."""
-    order = build.function("wkv4", "rwkv_shim_order", "q", "host")
     xs = draw(2, 150, 70)
-    forwards = run(cuda, xs)
-    try:
-        order(1)
-        backwards = run(cuda, xs)
-    finally:
-        order(0)
-    assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(run_backwards(cuda, xs, "wkv4"), run(cuda, xs), strict=True))
 
 
 @pytest.mark.gpu

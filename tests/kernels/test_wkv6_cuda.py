@@ -4,11 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from parity import assert_parity
-from recurrence import DEVICES, draw_wkv6, run
-from sentinels import guard
+from recurrence import DEVICES, amid_nan, assert_guarded, draw_wkv6, run, run_backwards
+from recurrence import compare as compare_with
 
-from kernels import build, wkv6_cuda
+from kernels import wkv6_cuda
 from kernels.wkv6 import apply, wkv6_reference
 
 cuda = partial(apply, "cuda")
@@ -24,12 +23,7 @@ def schedule(request, monkeypatch):
 
 
 def compare(xs):
-    fast, slow = run(cuda, xs), run(wkv6_reference, xs)
-    exact = run(wkv6_reference, [x.double() for x in xs], xs[0].dtype)
-    for name, got, want, right in zip(NAMES, fast, slow, exact, strict=True):
-        assert got.dtype == want.dtype, name
-        assert_parity(name, got, want, right)
-    return fast
+    return compare_with(NAMES, cuda, wkv6_reference, wkv6_reference, xs)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -98,33 +92,14 @@ def test_keys_that_are_alike(dtype, schedule, device):
 
 
 def test_nothing_is_read_before_it_is_written_nor_written_elsewhere(schedule, monkeypatch):
-    xs = draw_wkv6(2, 150, 2, 9)
-    dy, dfinal = torch.randn(xs[0].shape), torch.randn(xs[5].shape)
-
-    def both():
-        y, final, kept = wkv6_cuda.forward(*xs, True)
-        return y, final, *wkv6_cuda.backward(*xs[:-1], kept, dy, dfinal)
-
-    clean = both()
-    check = guard(monkeypatch)
-    guarded = both()
-    monkeypatch.undo()
-    assert check() >= 12
-    assert all(torch.equal(x, y) for x, y in zip(clean, guarded, strict=True))
+    assert_guarded(wkv6_cuda, [amid_nan(x) for x in draw_wkv6(2, 150, 2, 9)], monkeypatch)
 
 
 def test_the_order_of_threads_changes_no_bit(schedule):
     """Where a barrier is missing, it would."""
-    order = build.function("wkv6", "rwkv_shim_order", "q", "host")
     for dtype in (torch.float32, torch.bfloat16):
         xs = draw_wkv6(1, 150, 1, 40, dtype)
-        forwards = run(cuda, xs)
-        try:
-            order(1)
-            backwards = run(cuda, xs)
-        finally:
-            order(0)
-        assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(run_backwards(cuda, xs, "wkv6"), run(cuda, xs), strict=True))
 
 
 @pytest.mark.gpu
@@ -145,7 +120,7 @@ def test_nothing_is_kept_when_nobody_will_ask(schedule):
 
 def test_memory_that_is_not_aligned():
     xs = draw_wkv6(1, 20, 1, 16, torch.bfloat16)
-    odd = [torch.cat((torch.zeros(1, dtype=x.dtype), x.flatten()))[1:].view(x.shape) for x in xs]
+    odd = [amid_nan(x, 1) for x in xs]
     assert odd[0].is_contiguous()
     assert odd[0].data_ptr() % 16
     assert all(torch.equal(x, y) for x, y in zip(run(cuda, odd), run(cuda, xs), strict=True))

@@ -1,10 +1,10 @@
 """WKV-7 in CUDA by both schedules, under the stand-in for a GPU and on one. What all forms keep is in test_wkv7.py."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from recurrence import DEVICES, amid_nan, assert_guarded, compare, draw_wkv7, run, run_backwards
+from recurrence import DEVICES, amid_nan, assert_guarded, compare, draw_wkv7, judge, run, run_backwards
 
 from kernels import wkv7_cuda
 from kernels.wkv7 import apply, wkv7_reference
@@ -34,8 +34,16 @@ def plan(batch, steps, heads, size, dtype, device, schedule, limit):
     return wkv7_cuda.Plan(*result.tolist())
 
 
-def prove(xs):
-    return compare(NAMES, cuda, wkv7_reference, wkv7_reference, xs, narrow=True)
+@cache
+def wanted(*shape, **kwargs):
+    """Inputs, and what the reference makes of them in their precision and in float64: once for all schedules."""
+    xs = draw_wkv7(*shape, **kwargs)
+    return xs, run(wkv7_reference, xs), run(wkv7_reference, [x.double() for x in xs], xs[0].dtype)
+
+
+def prove(*shape, **kwargs):
+    xs, slow, exact = wanted(*shape, **kwargs)
+    judge(NAMES, run(cuda, xs), slow, exact, narrow=True)
 
 
 def equal(xs, ys):
@@ -46,7 +54,7 @@ def equal(xs, ys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("steps", [1, 15, 16, 17, 63, 64, 65, 100])
 def test_any_number_of_steps(steps, dtype, schedule, device):
-    prove(draw_wkv7(2 if steps < 20 else 1, steps, 1, 64, dtype, device))
+    prove(2 if steps < 20 else 1, steps, 1, 64, dtype, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,33 +62,33 @@ def test_any_number_of_steps(steps, dtype, schedule, device):
 @pytest.mark.parametrize("size", [8, 9, 16, 40, 96, 128, 256])
 def test_any_head_size(size, dtype, schedule, device):
     """Of the largest few go through a second segment: they take seconds."""
-    prove(draw_wkv7(1, 66 if size <= 64 or (dtype == torch.bfloat16 and size >= 128) else 18, 1, size, dtype, device))
+    prove(1, 66 if size <= 64 or (dtype == torch.bfloat16 and size >= 128) else 18, 1, size, dtype, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_and_heads_are_told_apart(schedule, device):
-    prove(draw_wkv7(2, 66, 2, 16, device=device))
+    prove(2, 66, 2, 16, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [72, 136])
 def test_gpus_of_little_shared_memory(size, dtype, schedule, little_memory):
     """Several blocks share a head's values, and add up their parts of the keys' gradients."""
-    prove(draw_wkv7(1, 18 if size == 72 or dtype == torch.bfloat16 else 3, 1, size, dtype))
+    prove(1, 18 if size == 72 or dtype == torch.bfloat16 else 3, 1, size, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 500, 5, 64), (1, 1000, 2, 128), (8, 300, 64, 64)], ids=str)
 def test_on_a_gpu(shape, dtype, schedule):
-    prove(draw_wkv7(*shape, dtype, "cuda"))
+    prove(*shape, dtype, "cuda")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("decay", ["any", "strongest", "none"])
 def test_strong_and_weak_decay(decay, dtype, schedule, device):
-    prove(draw_wkv7(1, 70, 1, 16, dtype, device, decay))
+    prove(1, 70, 1, 16, dtype, device, decay)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -88,7 +96,7 @@ def test_a_weak_decay_keeps_its_digits_next_to_strong_ones(schedule, device):
     """In each place of a chunk once."""
     xs = draw_wkv7(1, 70, 1, 8, device=device, decay="none")
     xs[1][:, ::7], xs[1][:, 1::7] = 12.0, -4.0
-    prove(xs)
+    compare(NAMES, cuda, wkv7_reference, wkv7_reference, xs)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -101,17 +109,17 @@ def test_the_decays_gradient_has_digits_where_the_sigmoid_is_flat(schedule, devi
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_that_are_alike(dtype, schedule, device):
-    prove(draw_wkv7(1, 70, 2, 64, dtype, device, alike=0.95))
+    prove(1, 70, 2, 64, dtype, device, alike=0.95)
 
 
 @pytest.mark.parametrize("size", [9, 16])
 def test_nothing_is_read_before_it_is_written_nor_written_elsewhere(size, schedule, monkeypatch):
-    xs = [amid_nan(x) for x in draw_wkv7(2, 66, 1, size)]
+    xs = [amid_nan(x) for x in draw_wkv7(2 if size == 9 else 1, 66, 1, size)]
     assert_guarded(wkv7_cuda, xs, monkeypatch, all_written=False)  # of scratch for whole segments
 
 
 def test_nor_by_blocks_that_share_a_head(schedule, little_memory, monkeypatch):
-    assert_guarded(wkv7_cuda, [amid_nan(x) for x in draw_wkv7(1, 18, 2, 72)], monkeypatch, all_written=False)
+    assert_guarded(wkv7_cuda, [amid_nan(x) for x in draw_wkv7(1, 18, 1, 72)], monkeypatch, all_written=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,9 +131,10 @@ def test_the_order_of_threads_changes_no_bit(dtype, schedule):
 
 @pytest.mark.parametrize("size", [72, 136])
 def test_nor_that_of_threads_of_large_heads(size, schedule, request):
+    """Those on GPUs of little shared memory go through the same code, and another kernel."""
     xs = draw_wkv7(1, 34 if size == 72 else 18, 1, size, torch.bfloat16)
-    assert equal(run_backwards(cuda, xs, *SOURCES), run(cuda, xs))
-    request.getfixturevalue("little_memory")
+    if size == 136:
+        request.getfixturevalue("little_memory")
     assert equal(run_backwards(cuda, xs, *SOURCES), run(cuda, xs))
 
 
