@@ -171,3 +171,23 @@ def test_an_error_within_leaves_no_hooks():
         raise ZeroDivisionError
     y = X.clone().requires_grad_().exp()
     y.grad_fn._raw_saved_result.register_hooks(torch.clone, torch.clone)  # refused where there are some
+
+
+@pytest.mark.parametrize("version", ["4", "6", "7"])
+def test_a_whole_model_is_traced(version):
+    """Torch.compile sees one graph, and no hooks."""
+    model = make(version=version, n_layer=2)
+    tokens = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(3))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run(logits):
+        y = logits(tokens)
+        return y, *torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
+
+    def logits(tokens):
+        return model(tokens)[0]
+
+    got, want = (run(f) for f in (torch.compile(logits, backend="aot_eager", fullgraph=True), logits))
+    for x, y in zip(got, want, strict=True):
+        if y is not None:
+            torch.testing.assert_close(x, y)
