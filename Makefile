@@ -35,5 +35,5 @@ lint: setup
 # On a machine with a CUDA device and a torch of its own: what only it can check, then what only it can measure, into
 # benchmarks/results. It needs torch, triton, nvcc and pytest, and no .venv.
 gpu-check:
-	$(PYTHON) -m pytest -m gpu tests/kernels tests/rwkv_core/models
+	$(PYTHON) -m pytest -m gpu tests/kernels tests/rwkv_core/models/test_versions.py
 	$(PYTHON) -m benchmarks.gpu
