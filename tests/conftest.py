@@ -5,16 +5,16 @@ torch is imported where it is used, so that the tests of flows and tasks start w
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 if "TRITON_INTERPRET" not in os.environ and not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when triton is imported: where there is no GPU, its kernels run on the CPU
-    )
+    # read when triton is imported: where there is no GPU, its kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def what_was_compiled_is_forgotten() -> Iterator[None]:
+    """Torch.compile counts the kinds of inputs that a function has met, in all tests, and gives up at the ninth."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ FILES = sorted(file.stem for file in FOLDER.glob("*.cu"))
 GPUS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
 """By name, the bytes of shared memory that a block may have."""
 
-SLOW = {"wkv6", *SOURCES.values()}
 LARGE = {"wkv7_128": [*GPUS], "wkv7_256": ["sm_90", "sm_120"]}
 """What takes a minute for each GPU: it is translated once, for the oldest, and assembled for these."""
 
@@ -50,8 +49,9 @@ def kernels(said):
         yield Kernel(own, gpu, *(int(number or 0) for number in numbers))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NVCC, reason=WHY)
-@pytest.mark.parametrize("source", [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else []) for f in FILES])
+@pytest.mark.parametrize("source", FILES)
 def test_every_source_compiles_for_every_gpu_without_a_warning(source, tmp_path, monkeypatch):
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     gpus = [gpu for gpu in LARGE.get(source, GPUS) if gpu in known]  # sm_120 is of CUDA 12.8

@@ -58,16 +58,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("gpu", "cases"), [
-    ("sm_90", "bfloat16"),
-    *(pytest.param(*which, marks=pytest.mark.slow) for which in (
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpu", "cases"),
+    [
         ("sm_80", "bfloat16"),
         ("sm_89", "bfloat16"),
-        ("sm_90", "float32 others"),
+        ("sm_90", "float32 bfloat16 others"),
         ("sm_120", "bfloat16"),
         ("gfx942", "bfloat16"),
-    )),
-])  # fmt: skip
+    ],
+)
 def test_every_kernel_compiles_and_has_the_memory_that_it_needs(gpu, cases, tmp_path):
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
