@@ -57,10 +57,14 @@ struct ReluSquaredBackward {
 extern "C" void rwkv_relu_squared_backward(const ReluSquaredBackward* f) {
     with_type(f->is_bf16, f->dx, [&](auto* dx) {
         const auto *const y = like(dx, f->y), *const dy = like(dx, f->dy);
-#pragma omp parallel for num_threads(crew(f->threads, f->size)) schedule(static)
-        for (int64_t i = 0; i < f->size; i += WIDTH) {
-            const int64_t n = f->size - i;
-            store(dx + i, 2.0f * load(dy + i, n) * root(load(y + i, n)), n);
+#pragma omp parallel num_threads(crew(f->threads, f->size))
+        {
+            const Flush flush;
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < f->size; i += WIDTH) {
+                const int64_t n = f->size - i;
+                store(dx + i, 2.0f * load(dy + i, n) * root(load(y + i, n)), n);
+            }
         }
     });
 }
