@@ -72,8 +72,9 @@ void block(const Weights7& f, const Layer7& state, int64_t rows, bool bf, int64_
         });
         for (int64_t i = 0; i < C; i += WIDTH) put(shift_out, bf, row * C + i, load(now + i), C - i);
         const P* shares[MIXES];
-        for (int64_t m = 0; m < mixes; m++) shares[m] = weight(mu[m]);
-        mix(now, before, C, mixes, shares, z + row * C, M * C);
+        float* to[MIXES];
+        for (int64_t m = 0; m < mixes; m++) shares[m] = weight(mu[m]), to[m] = z + m * M * C;
+        mix(now, before, C, mixes, shares, to, row * C);
     };
     // 16 results of a matrix from `first` on, for each row handed to `then`
     const auto matrix = [&](const void* w, const float* from, int64_t in, int64_t out, int64_t first, auto then) {

@@ -59,6 +59,14 @@ struct Rows {
     bool is_bf16;
 };
 
+// The inputs of a recurrence, contiguous, each float32 or bfloat16: `is_bf16` has a bit for each, from the lowest.
+template <int COUNT>
+struct InputsOf {
+    const void* const* data;
+    int64_t is_bf16;
+    Rows<const void> rows(int which) const { return {data[which], bool(is_bf16 >> which & 1)}; }
+};
+
 // Fetches rows of other steps into the cache, a few lines at each call: the processor's own prefetch does not see through pieces so
 // short and so far apart, and all at once would be more lines than can be under way. So the products below call it as they go.
 class Ahead {
@@ -246,5 +254,71 @@ inline void meet(const float* S, const float* G, int64_t keys, int64_t lanes, fl
         part found[PARTS];
         sums(all, found);
         for (int i = 0; i < PARTS; i++) store_part(y + key + i * LANES, found[i]);
+    }
+}
+
+// What Python gives. y: (B, T, H, N) in the dtype of the first input. state, final: (B, H, N, N) float32, value by key.
+// before: (B, H, intervals, N, N) float32, key by value, the states before each interval; null if nobody will ask.
+template <int COUNT>
+struct Forward {
+    const void* inputs[COUNT];
+    const float* state;
+    void* y;
+    float *final, *before;
+    Shape shape;
+    int64_t is_bf16, threads;
+};
+
+// dy: like y. dfinal, dstate: like state. The gradients of the inputs: each like its own.
+template <int COUNT>
+struct Backward {
+    const void* inputs[COUNT];
+    const float* before;
+    const void* dy;
+    const float* dfinal;
+    void* grads[COUNT];
+    float* dstate;
+    Shape shape;
+    int64_t is_bf16, threads;
+};
+
+// Calls `one(in, shape, head, state, y, final)` for each head if there is but one step, else `all(in, shape, heads, first, count,
+// state, y, final, before)` for each group of heads, and for each slice of their values if there are few heads.
+template <int COUNT, typename One, typename All>
+void run_forward(const Forward<COUNT>& f, One one, All all) {
+    const InputsOf<COUNT> in{f.inputs, f.is_bf16};
+    const Shape s = f.shape;
+    const Rows<void> y{f.y, bool(f.is_bf16 & 1)};
+    if (s.steps == 1 && !f.before && s.size % WIDTH == 0) {
+#pragma omp parallel for num_threads(f.threads) schedule(static)
+        for (int64_t head = 0; head < s.all(); head++) one(in, s, head, f.state, y, f.final);
+        return;
+    }
+    const int64_t lanes = s.lanes(f.threads), slices = (s.size + lanes - 1) / lanes, groups = s.groups(f.threads);
+#pragma omp parallel num_threads(f.threads)
+    {
+        const Flush flush;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < groups * slices; i++) {
+            const int64_t first = i % slices * lanes;
+            all(in, s, s.group(i / slices, groups), first, std::min(lanes, s.size - first), f.state, y, f.final, f.before);
+        }
+    }
+}
+
+// Calls `all(in, shape, heads, before, dy, dfinal, grads, dstate)` for each group of heads.
+template <int COUNT, typename All>
+void run_backward(const Backward<COUNT>& f, All all) {
+    const InputsOf<COUNT> in{f.inputs, f.is_bf16};
+    const Rows<const void> dy{f.dy, bool(f.is_bf16 & 1)};
+    Rows<void> grads[COUNT];
+    for (int i = 0; i < COUNT; i++) grads[i] = {f.grads[i], in.rows(i).is_bf16};
+    const int64_t groups = f.shape.groups(f.threads);
+#pragma omp parallel num_threads(f.threads)
+    {
+        const Flush flush;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < groups; i++)
+            all(in, f.shape, f.shape.group(i, groups), f.before, dy, f.dfinal, grads, f.dstate);
     }
 }

@@ -41,9 +41,13 @@ APART inline void step(int64_t n, const float* r, const float* decay, const floa
     }
 }
 
-// Layer norm of `size` values; the padding of y becomes 0.
-template <typename X, typename P>
-APART void norm(const X* x, const P* weight, const P* bias, int64_t size, float epsilon, float* y) {
+struct Statistics {
+    float mean, scale;
+};
+
+// Of a row of `size` values, which are read into y; the padding of y becomes 0.
+template <typename X>
+APART Statistics statistics(const X* x, int64_t size, float epsilon, float* y) {
     floats total{};
     for (int64_t i = 0; i < size; i += WIDTH) {
         const floats value = load(x + i, size - i);
@@ -54,12 +58,18 @@ APART void norm(const X* x, const P* weight, const P* bias, int64_t size, float 
     total = floats{};
     for (int64_t i = 0; i < size; i += WIDTH) {
         const floats value = first(load(y + i) - mean, size - i);
-        store(y + i, value);
         total += value * value;
     }
-    const float scale = 1 / std::sqrt(sum(total) / size + epsilon);
+    return {mean, 1 / std::sqrt(sum(total) / size + epsilon)};
+}
+
+// Layer norm of `size` values; the padding of y becomes 0.
+template <typename X, typename P>
+APART Statistics norm(const X* x, const P* weight, const P* bias, int64_t size, float epsilon, float* y) {
+    const Statistics s = statistics(x, size, epsilon, y);
     for (int64_t i = 0; i < size; i += WIDTH)
-        store(y + i, load(y + i) * scale * load(weight + i, size - i) + load(bias + i, size - i));
+        store(y + i, (load(y + i) - s.mean) * s.scale * load(weight + i, size - i) + load(bias + i, size - i));
+    return s;
 }
 
 // From the key k0, the value, layer 0's value (or null) and the raw rates of a head to what the recurrence reads.
@@ -109,13 +119,12 @@ APART void readout(int64_t n, const X* y, const X* r, const X* k, const X* v, co
     }
 }
 
-// z_m = x + (previous - x) mu_m, for one token.
+// z_m = x + (previous - x) mu_m, for one token, whose values begin at z_m + at.
 template <typename Z, typename P>
-APART void mix(const float* x, const float* previous, int64_t size, int64_t mixes, const P* const* mu, Z* z, int64_t stride) {
+APART void mix(const float* x, const float* previous, int64_t size, int64_t mixes, const P* const* mu, Z* const* z, int64_t at) {
     for (int64_t i = 0; i < size; i += WIDTH) {
         const floats value = load(x + i), change = load(previous + i) - value;
-        for (int64_t m = 0; m < mixes; m++)
-            store(z + m * stride + i, value + change * load(mu[m] + i, size - i), size - i);
+        for (int64_t m = 0; m < mixes; m++) store(z[m] + at + i, value + change * load(mu[m] + i, size - i), size - i);
     }
 }
 

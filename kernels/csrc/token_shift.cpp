@@ -1,16 +1,9 @@
 // Token shift with the layer norm before it: each token and the one before, mixed once for each of the matrices that follow.
 // The equations, and those of the backward, are in kernels/token_shift.py.
 
-#include <algorithm>
-#include <cmath>
-
-#include "simd.h"
+#include "rows7.h"
 
 constexpr int64_t MOST = 6;  // mixes
-
-struct Statistics {
-    float mean, scale;
-};
 
 // x (B, T, C); last, final (B, C): the token before the first, and the last one, normed: all of one type. z: up to 6 of
 // (B, T, C), of one type. statistics (B, T) or null. mu: as many as z, of C values, weight and bias C values or null for no norm:
@@ -41,24 +34,6 @@ constexpr int64_t TOKENS = 16;  // done by one thread in a row; the token at the
 // Gradients of parameters are summed over so many parts of the tokens first, however many threads there are.
 constexpr int64_t PARTS = 64;
 
-// Of a row whose values are read into `y`; the padding of y becomes 0.
-template <typename X>
-APART Statistics read(const X* x, int64_t size, float epsilon, float* y) {
-    floats total{};
-    for (int64_t i = 0; i < size; i += WIDTH) {
-        const floats value = load(x + i, size - i);
-        store(y + i, value);
-        total += value;
-    }
-    const float mean = sum(total) / size;
-    total = floats{};
-    for (int64_t i = 0; i < size; i += WIDTH) {
-        const floats value = first(load(y + i) - mean, size - i);
-        total += value * value;
-    }
-    return {mean, 1 / std::sqrt(sum(total) / size + epsilon)};
-}
-
 template <typename X, typename Z, typename P>
 void mix_all(const Mix& f, const X* x, const Z*, const P*) {
     const int64_t size = f.size, padded = round_up(size), blocks = (f.steps + TOKENS - 1) / TOKENS;
@@ -72,11 +47,9 @@ void mix_all(const Mix& f, const X* x, const Z*, const P*) {
         for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(row + i, size - i));
     };
     const auto normed = [&](int64_t row, float* to) {
-        if (!weight) return copy(x + row * size, to), Statistics{};
-        const Statistics s = read(x + row * size, size, float(f.epsilon), to);
-        for (int64_t i = 0; i < size; i += WIDTH)
-            store(to + i, (load(to + i) - s.mean) * s.scale * load(weight + i, size - i) + load(bias + i, size - i));
-        return s;
+        if (weight) return norm(x + row * size, weight, bias, size, float(f.epsilon), to);
+        copy(x + row * size, to);
+        return Statistics{};
     };
 #pragma omp parallel for num_threads(std::max<int64_t>(1, std::min(f.threads, f.batch * blocks))) schedule(static)
     for (int64_t item = 0; item < f.batch * blocks; item++) {
@@ -91,11 +64,7 @@ void mix_all(const Mix& f, const X* x, const Z*, const P*) {
             const int64_t row = b * f.steps + t;
             const Statistics s = normed(row, now);
             if (f.statistics) f.statistics[row] = s;
-            for (int64_t i = 0; i < size; i += WIDTH) {
-                const floats value = load(now + i), change = load(before + i) - value;
-                for (int64_t m = 0; m < f.mixes; m++)
-                    store(z[m] + row * size + i, value + change * load(mu[m] + i, size - i), size - i);
-            }
+            mix(now, before, size, f.mixes, mu, z, row * size);
         }
         if (end == f.steps)
             for (int64_t i = 0; i < size; i += WIDTH) store(final + b * size + i, load(before + i), size - i);

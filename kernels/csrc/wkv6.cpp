@@ -13,11 +13,7 @@ constexpr int64_t INTERVAL = 64;
 
 enum Input { R, K, V, W, TIMED, U = TIMED, INPUTS };
 
-struct Inputs {
-    const void* data[INPUTS];
-    int64_t is_bf16;  // a bit for each
-    Rows<const void> rows(Input which) const { return {data[which], bool(is_bf16 >> which & 1)}; }
-};
+using Inputs = InputsOf<INPUTS>;
 
 // One chunk of one head. Rows over the keys are padded to `keys` values, those over the values to `lanes`, all begin on a
 // cache line's border, and steps that a chunk lacks are rows of zeros.
@@ -272,7 +268,7 @@ APART void unrelate(const Chunk& c, const float* bonus, const float* dpairs, con
 }
 
 void backward(const Inputs& in, const Shape& s, const Heads& heads, const float* before, Rows<const void> dy, const float* dfinal,
-              const Rows<void>* grads, double* du, float* dstate) {
+              const Rows<void>* grads, float* dstate, double* du) {
     constexpr int64_t L = LENGTH;
     const int64_t keys = s.padded(), n = s.size, square = n * n, whole = keys * keys;
     const int64_t each = Chunk::size(keys, keys) + L * keys + whole, most = INTERVAL / L;
@@ -335,67 +331,14 @@ void backward(const Inputs& in, const Shape& s, const Heads& heads, const float*
 
 }  // namespace
 
-// r, k, v, w_raw: (B, T, H, N), u: (H, N), contiguous, each float32 or bfloat16: `is_bf16` has a bit for each, from the lowest.
-// y: (B, T, H, N) in the dtype of r. state, final: (B, H, N, N) float32, value by key.
-// before: (B, H, intervals, N, N) float32, key by value, the states before steps 0, 64, ...; null if nobody will ask.
-struct Wkv6Forward {
-    const void* inputs[INPUTS];
-    const float* state;
-    void* y;
-    float *final, *before;
-    Shape shape;
-    int64_t is_bf16, threads;
-};
+// r, k, v, w_raw: (B, T, H, N), u: (H, N). States are kept before steps 0, 64, ...
+extern "C" void rwkv_wkv6_forward(const Forward<INPUTS>* f) { run_forward(*f, forward_1, forward); }
 
-extern "C" void rwkv_wkv6_forward(const Wkv6Forward* f) {
-    Inputs in{{}, f->is_bf16};
-    std::copy(f->inputs, f->inputs + INPUTS, in.data);
+extern "C" void rwkv_wkv6_backward(const Backward<INPUTS>* f) {
     const Shape s = f->shape;
-    const Rows<void> y{f->y, bool(f->is_bf16 & 1)};
-    if (s.steps == 1 && !f->before && s.size % WIDTH == 0) {
-#pragma omp parallel for num_threads(f->threads) schedule(static)
-        for (int64_t head = 0; head < s.all(); head++) forward_1(in, s, head, f->state, y, f->final);
-        return;
-    }
-    const int64_t lanes = s.lanes(f->threads), slices = (s.size + lanes - 1) / lanes, groups = s.groups(f->threads);
-#pragma omp parallel num_threads(f->threads)
-    {
-        const Flush flush;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < groups * slices; i++) {
-            const int64_t first = i % slices * lanes;
-            forward(in, s, s.group(i / slices, groups), first, std::min(lanes, s.size - first), f->state, y, f->final, f->before);
-        }
-    }
-}
-
-// dy: like y. dfinal, dstate: like state. The gradients of r to u: each like its input.
-struct Wkv6Backward {
-    const void* inputs[INPUTS];
-    const float* before;
-    const void* dy;
-    const float* dfinal;
-    void* grads[INPUTS];
-    float* dstate;
-    Shape shape;
-    int64_t is_bf16, threads;
-};
-
-extern "C" void rwkv_wkv6_backward(const Wkv6Backward* f) {
-    Inputs in{{}, f->is_bf16};
-    std::copy(f->inputs, f->inputs + INPUTS, in.data);
-    const Shape s = f->shape;
-    const Rows<const void> dy{f->dy, bool(f->is_bf16 & 1)};
-    Rows<void> grads[INPUTS];
-    for (int i = 0; i < INPUTS; i++) grads[i] = {f->grads[i], bool(f->is_bf16 >> i & 1)};
-    const int64_t groups = s.groups(f->threads), keys = s.padded();
+    const int64_t keys = s.padded();
     std::vector<double> du(s.all() * keys);  // of each head of each batch, to be summed in their order
-#pragma omp parallel num_threads(f->threads)
-    {
-        const Flush flush;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < groups; i++) backward(in, s, s.group(i, groups), f->before, dy, f->dfinal, grads, du.data(), f->dstate);
-    }
+    run_backward(*f, [&](auto... given) { backward(given..., du.data()); });
     std::vector<float> total(keys);
     for (int64_t head = 0; head < s.heads; head++) {
         for (int64_t j = 0; j < keys; j++) {
@@ -403,6 +346,6 @@ extern "C" void rwkv_wkv6_backward(const Wkv6Backward* f) {
             for (int64_t b = 0; b < s.batch; b++) sum += du[(b * s.heads + head) * keys + j];
             total[j] = float(sum);
         }
-        put(grads[U], {1, 1, s.heads, s.size}, head, 0, 1, 0, s.size, total.data(), keys);
+        put({f->grads[U], bool(f->is_bf16 >> U & 1)}, {1, 1, s.heads, s.size}, head, 0, 1, 0, s.size, total.data(), keys);
     }
 }

@@ -19,11 +19,7 @@ constexpr int64_t INTERVAL = 64;
 
 enum Input { R, W, K, V, A, B, INPUTS };
 
-struct Inputs {
-    const void* data[INPUTS];
-    int64_t is_bf16;  // a bit for each
-    Rows<const void> rows(Input which) const { return {data[which], bool(is_bf16 >> which & 1)}; }
-};
+using Inputs = InputsOf<INPUTS>;
 
 int64_t chunk_length(const Shape& s) { return s.size < 4 ? 1 : LENGTH; }
 
@@ -378,64 +374,7 @@ void backward(const Inputs& in, const Shape& s, const Heads& heads, const float*
 
 }  // namespace
 
-// r, w_raw, k, v, a, b: (B, T, H, N) contiguous, each float32 or bfloat16: `is_bf16` has a bit for each, from the lowest.
-// y: the same, in the dtype of r. state, final: (B, H, N, N) float32, value by key.
-// before: (B, H, intervals, N, N) float32, key by value, the states before steps 0, 64, ...; null if nobody will ask.
-struct Wkv7Forward {
-    const void* inputs[INPUTS];
-    const float* state;
-    void* y;
-    float *final, *before;
-    Shape shape;
-    int64_t is_bf16, threads;
-};
+// r, w_raw, k, v, a, b: (B, T, H, N). States are kept before steps 0, 64, ...
+extern "C" void rwkv_wkv7_forward(const Forward<INPUTS>* f) { run_forward(*f, forward_1, forward); }
 
-extern "C" void rwkv_wkv7_forward(const Wkv7Forward* f) {
-    Inputs in{{}, f->is_bf16};
-    std::copy(f->inputs, f->inputs + INPUTS, in.data);
-    const Shape s = f->shape;
-    const Rows<void> y{f->y, bool(f->is_bf16 & 1)};
-    if (s.steps == 1 && !f->before && s.size % WIDTH == 0) {
-#pragma omp parallel for num_threads(f->threads) schedule(static)
-        for (int64_t head = 0; head < s.all(); head++) forward_1(in, s, head, f->state, y, f->final);
-        return;
-    }
-    const int64_t lanes = s.lanes(f->threads), slices = (s.size + lanes - 1) / lanes, groups = s.groups(f->threads);
-#pragma omp parallel num_threads(f->threads)
-    {
-        const Flush flush;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < groups * slices; i++) {
-            const int64_t first = i % slices * lanes;
-            forward(in, s, s.group(i / slices, groups), first, std::min(lanes, s.size - first), f->state, y, f->final, f->before);
-        }
-    }
-}
-
-// dy: like y. dfinal, dstate: like state. The gradients of r to b: each like its input.
-struct Wkv7Backward {
-    const void* inputs[INPUTS];
-    const float* before;
-    const void* dy;
-    const float* dfinal;
-    void* grads[INPUTS];
-    float* dstate;
-    Shape shape;
-    int64_t is_bf16, threads;
-};
-
-extern "C" void rwkv_wkv7_backward(const Wkv7Backward* f) {
-    Inputs in{{}, f->is_bf16};
-    std::copy(f->inputs, f->inputs + INPUTS, in.data);
-    const Shape s = f->shape;
-    const Rows<const void> dy{f->dy, bool(f->is_bf16 & 1)};
-    Rows<void> grads[INPUTS];
-    for (int i = 0; i < INPUTS; i++) grads[i] = {f->grads[i], bool(f->is_bf16 >> i & 1)};
-    const int64_t groups = s.groups(f->threads);
-#pragma omp parallel num_threads(f->threads)
-    {
-        const Flush flush;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < groups; i++) backward(in, s, s.group(i, groups), f->before, dy, f->dfinal, grads, f->dstate);
-    }
-}
+extern "C" void rwkv_wkv7_backward(const Backward<INPUTS>* f) { run_backward(*f, backward); }

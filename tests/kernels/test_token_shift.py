@@ -1,6 +1,5 @@
 import importlib.util
 import os
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -364,7 +363,7 @@ def prove(op, steps):
 
 CPP_FAULTS = {
     "wrong token before": ("normed(b * f.steps + start - 1, before);", "copy(last + b * size, before);"),
-    "shares swapped": ("value + change * load(mu[m]", "value + change * load(mu[f.mixes - 1 - m]"),
+    "shares swapped": ("value + change * load(mu[m]", "value + change * load(mu[mixes - 1 - m]"),
     "the last token's gradient": ("asked = load(dfinal + b * size + i, size - i);", "asked = floats{};"),
     "nothing from the next block": ("            asked += load(dz[m]", "            asked += 0.0f * load(dz[m]"),
     "no mean": ("(load(dn + i) - mean - value * slope)", "(load(dn + i) - value * slope)"),
@@ -380,13 +379,13 @@ def test_a_fault_in_the_cpp_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "FLAGS", build.FLAGS.replace("-O3", "-O0"))
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for header in sources.glob("*.h"):
-        shutil.copy(header, tmp_path)
-    code = (sources / "token_shift.cpp").read_text()
+    code = {path.name: path.read_text() for path in (*sources.glob("*.h"), sources / "token_shift.cpp")}
     try:
         for name, (sound, broken) in {"none": ("floats", "floats"), **CPP_FAULTS}.items():
-            assert code.count(sound) == 1 or name == "none", f"the code has changed: plant {name} anew"
-            (tmp_path / "token_shift.cpp").write_text(code.replace(sound, broken))
+            found = sum(text.count(sound) for text in code.values())
+            assert found == 1 or name == "none", f"the code has changed: plant {name} anew"
+            for file, text in code.items():
+                (tmp_path / file).write_text(text.replace(sound, broken))
             for cached in (build.library, build.function):
                 cached.cache_clear()
             assert build.available("token_shift"), name
