@@ -1,10 +1,11 @@
 """Which implementation of an operator runs, and why."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ def recurrence(name: str, op: Op, x: Tensor, steps: int, forms: Sequence[Form] =
     """`choose` for a recurrence. One step needs no chunks: it is the equations themselves, where nothing is compiled."""
     chosen = choose(name, op, forms, x)
     return "reference" if op == "auto" and chosen == "torch" and steps == 1 else chosen
+
+
+@functools.cache
+def implementation(name: str, form: str, forms: Sequence[Form]) -> Any:
+    """The module of an operator's form.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module = f"kernels.{name}_{form}"
+    if form not in forms or importlib.util.find_spec(module) is None:
+        raise ValueError(f"form={form!r}; it must be one of {forms}; say op='auto'")
+    return importlib.import_module(module)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import time_mix7_cpu
-from kernels.choice import Form, Op, choose, direct
+from kernels.choice import Form, Op, choose, direct, implementation
 
 FORMS: tuple[Form, ...] = ("cpu", "triton", "torch")
 """Fastest first. The first two are one pass over the inputs in float32, forward and backward, whatever the dtypes."""
@@ -156,13 +156,7 @@ def apply_readout(
 
 def _implementation(form: str) -> Any:
     """The module of a form: `prepare`, `readout`, and the `_backward` of each."""
-    if form == "cpu":
-        return time_mix7_cpu
-    if form == "triton":
-        from kernels import time_mix7_triton
-
-        return time_mix7_triton
-    raise ValueError(f"form={form!r}; it must be one of {FORMS}; say op='auto'")
+    return implementation("time_mix7", form, FORMS)
 
 
 @torch.library.custom_op("rwkv::prepare7", mutates_args=())

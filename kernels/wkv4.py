@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import Form, Op, recurrence
+from kernels.choice import Form, Op, implementation, recurrence
+from kernels.recurrence import differentiate
 
 NOTHING = -1e38
 """The exponent of an empty sum."""
@@ -97,23 +98,7 @@ def apply(form: Form, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor)
 
 def _implementation(form: str) -> Any:
     """The module of a form: `forward`, `backward`, and `kept`, which gives the memory that the one leaves to the other."""
-    if form == "cpu":
-        from kernels import wkv4_cpu
-
-        return wkv4_cpu
-    if form == "cuda":
-        from kernels import wkv4_cuda
-
-        return wkv4_cuda
-    if form == "triton":
-        from kernels import wkv4_triton
-
-        return wkv4_triton
-    if form == "torch":
-        from kernels import wkv4_torch
-
-        return wkv4_torch
-    raise ValueError(f"form={form!r}; it must be one of {FORMS}; say op='auto'")
+    return implementation("wkv4", form, FORMS)
 
 
 @torch.library.custom_op("rwkv::wkv4", mutates_args=())
@@ -150,15 +135,4 @@ def _(
     return dk, dv, dw, du, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _state, ctx.form, _keep = inputs
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _grad(ctx: Any, dy: Tensor, dfinal: Tensor, _dkept: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast(dfinal.device.type, enabled=False):
-        grads: tuple[Tensor, ...] = _backward(*ctx.saved_tensors, dy, dfinal, ctx.form)
-    return *grads, None, None
-
-
-_forward.register_autograd(_grad, setup_context=_save)
+differentiate(_forward, _backward)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import build
-from kernels.choice import CPU_DTYPES
+from kernels.compiled import readable
 
 CHUNK = 32
 """Steps from one kept state to the next."""
@@ -47,8 +47,6 @@ def backward(
 
 def _read(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> tuple[list[Tensor], tuple[bool, bool]]:
     """What the compiled code reads, and which of k and v are bfloat16."""
-    k, v = (x.contiguous() if x.dtype in CPU_DTYPES else x.float().contiguous() for x in (k, v))
-    return [k, v, w.float().contiguous(), u.float().contiguous()], (
-        k.dtype == torch.bfloat16,
-        v.dtype == torch.bfloat16,
-    )
+    k, v = readable(k), readable(v)
+    bits = k.dtype == torch.bfloat16, v.dtype == torch.bfloat16
+    return [k, v, w.float().contiguous(), u.float().contiguous()], bits

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import build
+from kernels.compiled import launch
 
 CHUNK = 32
 """Steps from one kept state to the next."""
@@ -82,10 +82,4 @@ def _readable(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> list[Tensor]:
 
 
 def _call(name: str, fields: str, k: Tensor, per: int, *tensors: Tensor) -> None:
-    """A function of the library on the current stream: tensors are passed by address, 0 if they are empty."""
-    record = [*(x.data_ptr() for x in tensors), *k.shape, per, k.dtype == torch.bfloat16]
-    if k.is_cpu:
-        build.function("wkv4", name, fields, "host")(*record, 0)
-        return
-    with torch.cuda.device(k.device):
-        build.function("wkv4", name, fields, "cuda")(*record, torch.cuda.current_stream(k.device).cuda_stream)
+    launch("wkv4", name, fields, k.device, *tensors, *k.shape, per, k.dtype == torch.bfloat16)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import WKV, Form, Op, recurrence
+from kernels.choice import WKV, Form, Op, implementation, recurrence
+from kernels.recurrence import differentiate
 
 
 def wkv6(
@@ -94,23 +95,7 @@ def apply(
 
 def _implementation(form: str) -> Any:
     """The module of a form: `forward`, `backward`, and `kept`, which gives the memory that the one leaves to the other."""
-    if form == "cpu":
-        from kernels import wkv6_cpu
-
-        return wkv6_cpu
-    if form == "cuda":
-        from kernels import wkv6_cuda
-
-        return wkv6_cuda
-    if form == "triton":
-        from kernels import wkv6_triton
-
-        return wkv6_triton
-    if form == "torch":
-        from kernels import wkv6_torch
-
-        return wkv6_torch
-    raise ValueError(f"form={form!r}; it must be one of {WKV}; say op='auto'")
+    return implementation("wkv6", form, WKV)
 
 
 @torch.library.custom_op("rwkv::wkv6", mutates_args=())
@@ -147,15 +132,4 @@ def _(
     return dr, dk, dv, dw_raw, du, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _state, ctx.form, _keep = inputs
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _grad(ctx: Any, dy: Tensor, dfinal: Tensor, _dkept: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast(dfinal.device.type, enabled=False):
-        grads: tuple[Tensor, ...] = _backward(*ctx.saved_tensors, dy, dfinal, ctx.form)
-    return *grads, None, None
-
-
-_forward.register_autograd(_grad, setup_context=_save)
+differentiate(_forward, _backward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels import build
+from kernels.compiled import aligned, launch
 
 CHUNK = 64
 """Steps from one kept state to the next."""
@@ -65,7 +65,7 @@ def backward(
         RuntimeError: CUDA's own.
     """
     inputs, end = _readable(r, k, v, w_raw, u), _square(dfinal)
-    dy = _aligned(_filled(dy.to(inputs[0].dtype), 1))
+    dy = aligned(_filled(dy.to(inputs[0].dtype), 1))
     grads = [torch.empty_like(x) for x in (*inputs, end)]
     per, segments = _plan(inputs[0])
     batch, steps, heads, size = inputs[0].shape
@@ -97,23 +97,17 @@ def _readable(*xs: Tensor) -> list[Tensor]:
     """All but the last, u, in bfloat16, or in float32; u in float32."""
     *timed, u = xs
     dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in timed) else torch.float32
-    return [_aligned(_filled(x, 1)) for x in (*(x.to(dtype) for x in timed), u.float())]
+    return [aligned(_filled(x, 1)) for x in (*(x.to(dtype) for x in timed), u.float())]
 
 
 def _square(state: Tensor) -> Tensor:
-    return _aligned(_filled(state, 2))
+    return aligned(_filled(state, 2))
 
 
 def _filled(x: Tensor, axes: int) -> Tensor:
     """The last `axes` of a size that the kernels take."""
     more = -x.shape[-1] % ALIGNED
     return pad(x, (0, more) * axes) if more else x
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and where 16 bytes can be read at once: a slice of another tensor may begin anywhere."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _like(x: Tensor, like: Tensor) -> Tensor:
@@ -123,10 +117,4 @@ def _like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _call(name: str, fields: str, r: Tensor, per: int, *tensors: Tensor) -> None:
-    """A function of the library on the current stream: tensors are passed by address, 0 if they are empty."""
-    record = [*(x.data_ptr() for x in tensors), *r.shape, per, r.dtype == torch.bfloat16]
-    if r.is_cpu:
-        build.function("wkv6", name, fields, "host")(*record, 0)
-        return
-    with torch.cuda.device(r.device):
-        build.function("wkv6", name, fields, "cuda")(*record, torch.cuda.current_stream(r.device).cuda_stream)
+    launch("wkv6", name, fields, r.device, *tensors, *r.shape, per, r.dtype == torch.bfloat16)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import WKV, Form, Op, direct, recurrence
+from kernels.choice import WKV, Form, Op, direct, implementation, recurrence
+from kernels.recurrence import differentiate
 
 LOG_DECAY_MIN = -math.exp(-0.5)
 """Strongest log decay of one step: w_raw = +infinity."""
@@ -100,23 +101,7 @@ def apply(
 
 def _implementation(form: str) -> Any:
     """The module of a form: `forward`, `backward`, and `kept`, which gives the memory that the one leaves to the other."""
-    if form == "cpu":
-        from kernels import wkv7_cpu
-
-        return wkv7_cpu
-    if form == "cuda":
-        from kernels import wkv7_cuda
-
-        return wkv7_cuda
-    if form == "triton":
-        from kernels import wkv7_triton
-
-        return wkv7_triton
-    if form == "torch":
-        from kernels import wkv7_torch
-
-        return wkv7_torch
-    raise ValueError(f"form={form!r}; it must be one of {WKV}; say op='auto'")
+    return implementation("wkv7", form, WKV)
 
 
 @torch.library.custom_op("rwkv::wkv7", mutates_args=())
@@ -171,15 +156,4 @@ def _(
     return dr, dw_raw, dk, dv, da, db, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _state, ctx.form, _keep = inputs
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _grad(ctx: Any, dy: Tensor, dfinal: Tensor, _dkept: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast(dfinal.device.type, enabled=False):
-        grads: tuple[Tensor, ...] = _backward(*ctx.saved_tensors, dy, dfinal, ctx.form)
-    return *grads, None, None
-
-
-_forward.register_autograd(_grad, setup_context=_save)
+differentiate(_forward, _backward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels import build
+from kernels.compiled import aligned, launch
 
 SEGMENT = 64
 """Steps from one kept state to the next."""
@@ -58,7 +58,7 @@ def forward(
     size = r.shape[-1]
     if size > max(SOURCES):
         raise ValueError(f"heads have {size} channels; CUDA's WKV-7 takes {max(SOURCES)} at most; say op='triton'")
-    inputs, state = _readable(r, w_raw, k, v, a, b), _aligned(pad(state, (0, -size % 8, 0, -size % 8)))
+    inputs, state = _readable(r, w_raw, k, v, a, b), aligned(pad(state, (0, -size % 8, 0, -size % 8)))
     shape, plan = _shape(inputs[0])
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
     before = kept(r.shape[1], state) if keep or plan.parallel else state.new_empty(0)
@@ -78,8 +78,8 @@ def backward(
         RuntimeError: CUDA's own.
     """
     size = r.shape[-1]
-    inputs, dfinal = _readable(r, w_raw, k, v, a, b), _aligned(pad(dfinal, (0, -size % 8, 0, -size % 8)))
-    dy = _aligned(pad(dy.to(inputs[0].dtype), (0, -size % 8)))
+    inputs, dfinal = _readable(r, w_raw, k, v, a, b), aligned(pad(dfinal, (0, -size % 8, 0, -size % 8)))
+    dy = aligned(pad(dy.to(inputs[0].dtype), (0, -size % 8)))
     shape, plan = _shape(inputs[0])
     grads = [torch.empty_like(x) for x in (*inputs, dfinal)]
     scratch = [dfinal.new_empty(count) for count in (plan.states, plan.parts, plan.backward_maps, plan.ends)]
@@ -94,13 +94,7 @@ def backward(
 def _readable(*xs: Tensor) -> list[Tensor]:
     """All in bfloat16, or all in float32; of a multiple of 8 channels."""
     dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in xs) else torch.float32
-    return [_aligned(pad(x.to(dtype), (0, -x.shape[-1] % 8))) for x in xs]
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and where 16 bytes can be read at once: a slice of another tensor may begin anywhere."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    return [aligned(pad(x.to(dtype), (0, -x.shape[-1] % 8))) for x in xs]
 
 
 def _shape(x: Tensor) -> tuple[tuple[int, ...], Plan]:
@@ -122,11 +116,6 @@ def _plan(
 
 
 def _call(name: str, fields: str, x: Tensor, *values: int | Tensor) -> None:
-    """A function for heads like x's, on the current stream. Tensors are passed by address, which is 0 if they are empty."""
+    """A function for heads like x's."""
     source = next(source for largest, source in SOURCES.items() if x.shape[-1] <= largest)
-    record = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-    if x.is_cpu:
-        build.function(source, name, fields, "host")(*record, 0)
-        return
-    with torch.cuda.device(x.device):
-        build.function(source, name, fields, "cuda")(*record, torch.cuda.current_stream(x.device).cuda_stream)
+    launch(source, name, fields, x.device, *values)
