@@ -14,6 +14,7 @@ Shapes: R rows (positions), C channels, V vocabulary. Source: Liger-Kernel's fus
 L2Wrap: BlinkDL/RWKV-LM.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -167,9 +168,7 @@ def _forward(
     learned = _learned(targets, counts, len(weight))
     dtype = torch.float32 if slow_in(hidden) else hidden.dtype
     rows = _rows(len(learned), len(weight) * dtype.itemsize)
-    logits = hidden[:0].to(dtype).new_empty(rows, len(weight))
-    if form == "cpu":
-        build.function("head_loss", "rwkv_large_pages", "2q")(logits.data_ptr(), logits.nbytes)
+    logits = _scratch(rows, len(weight), dtype, hidden.device, form)
     for start in range(0, len(learned), rows):
         at = slice(start, start + rows) if len(learned) == len(targets) else learned[start : start + rows]
         h = hidden[at].to(dtype)
@@ -251,6 +250,26 @@ def _rows(learned: int, size: int) -> int:
     """Rows a block, of `size` bytes each: as many as LOGITS allows, in blocks of about one size."""
     blocks = -(-learned // max(LOGITS // size, 1))
     return -(-learned // max(blocks, 1)) or 1
+
+
+def _scratch(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, form: str) -> Tensor:
+    """Memory for a block's logits, (rows, V), not initialised.
+
+    On a CPU each thread keeps its own: the system fills new pages with zeros, which can take as long as the product.
+    """
+    if device.type != "cpu":
+        return torch.empty(rows, vocab, dtype=dtype, device=device)
+    held: Tensor | None = getattr(_held, "logits", None)
+    if held is None or held.dtype != dtype or held.numel() < rows * vocab:
+        held = _held.logits = None  # before there is another
+        with torch.inference_mode(False):  # what is made within can't be written without
+            held = _held.logits = torch.empty(rows * vocab, dtype=dtype)
+        if form == "cpu":
+            build.function("head_loss", "rwkv_large_pages", "2q")(held.data_ptr(), held.nbytes)
+    return held[: rows * vocab].view(rows, vocab)
+
+
+_held = threading.local()
 
 
 def _slices(weight: Tensor) -> Iterator[slice]:

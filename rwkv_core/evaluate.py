@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.head_loss import IGNORE, token_nll
+from rwkv_core import memory
 from rwkv_core.data.binidx import Documents
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.tokenizer import END, Tokenizer
@@ -42,6 +43,7 @@ class Scores(NamedTuple):
         }
 
 
+@memory.reused()
 @torch.no_grad()
 def score(
     model: RWKV,

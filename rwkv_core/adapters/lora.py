@@ -53,9 +53,9 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, read: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         kept = x if read is None else read
-        low = F.linear(_rows(kept), a.to(x.dtype)).mul_(scale)
+        low = F.linear(_rows(kept), a.to(x.dtype))
         y = F.linear(x, weight.to(x.dtype))
-        _rows(y).addmm_(low, b.to(x.dtype).mT)
+        _rows(y).addmm_(low, b.to(x.dtype).mT, alpha=scale)
         ctx.save_for_backward(kept, low, weight, a, b)
         ctx.scale, ctx.is_x = scale, read is None
         return y
@@ -64,18 +64,22 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         kept, low, weight, a, b = ctx.saved_tensors
         wants_x, wants_read = ctx.needs_input_grad[:2]
-        dy = _rows(grads[0])
-        dlow = (dy @ b.to(dy.dtype)).mul_(ctx.scale)
+        dy, shape, scale = _rows(grads[0]), kept.shape, ctx.scale
+        dlow = dy @ b.to(dy.dtype)
         dx = dy @ weight.to(dy.dtype) if wants_x else None
-        dread = dlow @ a.to(dy.dtype) if wants_read else None
+        dread = _product(dlow, a.to(dy.dtype), scale) if wants_read else None
         if dx is not None and ctx.is_x:
-            dx.addmm_(dlow, a.to(dy.dtype))
-        da, db = dlow.mT @ _rows(kept), dy.mT @ low
-        shape = kept.shape
+            dx.addmm_(dlow, a.to(dy.dtype), alpha=scale)
+        da, db = _product(dlow.mT, _rows(kept), scale), _product(dy.mT, low, scale)
         return (
             None if dx is None else dx.view(shape), None if dread is None else dread.view(shape), None,
             da.to(a.dtype), db.to(b.dtype), None,
         )  # fmt: skip
+
+
+def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale x y, at no more than x y costs."""
+    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)  # beta 0: the first is not read
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 
+from rwkv_core import memory
 from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch, MicroBatches, PackedRows
 from rwkv_core.models.skeleton import RWKV
@@ -82,7 +83,7 @@ def fit(
         loader = torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=_From(done * config.accumulate, len(batches)), num_workers=0
         )
-        with warnings.catch_warnings(), _quiet():
+        with warnings.catch_warnings(), _quiet(), memory.reused():
             # the loader starts where the checkpoint ends, which Lightning can't see; and it needs no workers
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*|.*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*|.*isinstance.treespec.*")

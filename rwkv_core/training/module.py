@@ -49,8 +49,10 @@ class Training(pl.LightningModule):
     ) -> None:
         """Clip to grad_clip where it is set; measure the norm either way."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self._config.optimizer.grad_clip or float("inf")
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._config.optimizer.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.grad_clip, norm)
+        self.grad_norm = float(norm)
 
     @torch.no_grad()
     def held_out_loss(self, batches: Iterable[Batch]) -> float:
@@ -75,7 +77,7 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over the groups, each at its own multiple of the scheduled rate."""
         o = self._config.optimizer
-        optimizer = torch.optim.AdamW(self._groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=True)
+        optimizer = torch.optim.AdamW(self._groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(o, s, self._steps) / o.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
