@@ -78,7 +78,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """scale x y, at no more than x y costs."""
+    """The product x y, scaled: no dearer than without."""
     return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)  # beta 0: the first is not read
 
 
