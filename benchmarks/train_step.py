@@ -8,7 +8,6 @@ keeps for the backward.
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,10 +193,7 @@ def breakdown(step: Step) -> dict[str, float]:
     spent: dict[str, float] = {}
     for event in found.key_averages():
         product = event.key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_")
-        # a registered operator's forward appears under the name of the node that it leaves in the graph
-        name = (
-            "matrix products" if product else re.sub(r"GeneratedBackwardFor_rwkv_(\w+)_default", r"rwkv::\1", event.key)
-        )
+        name = "matrix products" if product else event.key
         spent[name] = spent.get(name, 0.0) + event.self_cpu_time_total / 1e6
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
 

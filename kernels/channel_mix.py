@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import build
 from kernels.choice import Form, Op, choose, direct
+from kernels.operator import operator
 
 FORMS: tuple[Form, ...] = ("cpu", "triton", "torch")
 """The forms, fastest first."""
@@ -52,7 +53,7 @@ def apply(form: Form, x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("rwkv::relu_squared", mutates_args=())
+@operator("rwkv::relu_squared")
 def _forward(x: Tensor, form: str) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(x.shape)
@@ -70,7 +71,7 @@ def _(x: Tensor, form: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("rwkv::relu_squared_backward", mutates_args=())
+@operator("rwkv::relu_squared_backward")
 def _backward(y: Tensor, dy: Tensor, form: str) -> Tensor:
     y, dy = y.contiguous(), dy.to(y.dtype).contiguous()
     dx = y.new_empty(y.shape)

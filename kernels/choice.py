@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import build
+from kernels.operator import PLAIN
 
 Op = Literal["auto", "cpu", "cuda", "triton", "fla", "torch", "reference"]
 """What is asked for: "auto" is the fastest that works."""
@@ -123,9 +124,6 @@ def direct(source: str, *xs: Tensor) -> bool:
         return False
     wanted = torch.is_grad_enabled()
     for x in xs:
-        if x.__class__ not in _PLAIN or not x.is_cpu or x.dtype not in CPU_DTYPES or (wanted and x.requires_grad):
+        if x.__class__ not in PLAIN or not x.is_cpu or x.dtype not in CPU_DTYPES or (wanted and x.requires_grad):
             return False
     return build.available(source)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)

@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels import build
 from kernels.choice import Form, Op, choose
 from kernels.linear import slow_in
+from kernels.operator import operator
 
 IGNORE = -100
 """Target of a position that is not learned."""
@@ -149,7 +150,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@torch.library.custom_op("rwkv::head_loss", mutates_args=())
+@operator("rwkv::head_loss")
 def _forward(
     hidden: Tensor,
     weight: Tensor,

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+from kernels.operator import Operator
 
 
-def differentiate(forward: CustomOpDef, backward: CustomOpDef) -> None:
+def differentiate(forward: Operator, backward: Operator) -> None:
     """Register the backward of a recurrence.
 
     Args:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import time_mix7_cpu
 from kernels.choice import Form, Op, choose, direct, implementation
+from kernels.operator import operator
 
 FORMS: tuple[Form, ...] = ("cpu", "triton", "torch")
 """Fastest first. The first two are one pass over the inputs in float32, forward and backward, whatever the dtypes."""
@@ -159,7 +160,7 @@ def _implementation(form: str) -> Any:
     return implementation("time_mix7", form, FORMS)
 
 
-@torch.library.custom_op("rwkv::prepare7", mutates_args=())
+@operator("rwkv::prepare7")
 def _prepare(
     k0: Tensor, v0: Tensor, v_first: Tensor | None, a_raw: Tensor, v_raw: Tensor | None, k_k: Tensor, k_a: Tensor,
     size: int, form: str,
@@ -178,7 +179,7 @@ def _(
     return k, v, a, b
 
 
-@torch.library.custom_op("rwkv::prepare7_backward", mutates_args=())
+@operator("rwkv::prepare7_backward")
 def _prepare_backward(
     k0: Tensor, v_first: Tensor | None, a_raw: Tensor, v_raw: Tensor | None, v: Tensor | None, k_k: Tensor, k_a: Tensor,
     dk: Tensor, dv: Tensor, da: Tensor, db: Tensor, size: int, wanted: bool, form: str,
@@ -219,7 +220,7 @@ def _prepare_grad(ctx: Any, dk: Tensor, dv: Tensor, da: Tensor, db: Tensor) -> t
 _prepare.register_autograd(_prepare_grad, setup_context=_save_prepare)
 
 
-@torch.library.custom_op("rwkv::readout7", mutates_args=())
+@operator("rwkv::readout7")
 def _readout(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float,
     form: str,
@@ -236,7 +237,7 @@ def _(
     return y.new_empty(g.shape)
 
 
-@torch.library.custom_op("rwkv::readout7_backward", mutates_args=())
+@operator("rwkv::readout7_backward")
 def _readout_backward(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, dout: Tensor,
     eps: float, wanted: bool, form: str,

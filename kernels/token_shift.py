@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import build
 from kernels.choice import CPU_DTYPES, Form, Op, choose, direct
+from kernels.operator import operator
 
 FORMS: tuple[Form, ...] = ("cpu", "triton", "torch")
 """The forms, fastest first. All compute in float32."""
@@ -132,7 +133,7 @@ def _mixed_dtype(x: Tensor) -> torch.dtype:
 _Mixed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("rwkv::mix", mutates_args=())
+@operator("rwkv::mix")
 def _forward(
     x: Tensor,
     last: Tensor,
@@ -187,7 +188,7 @@ def _empty(x: Tensor, last: Tensor, mus: Tensor, weight: Tensor | None, dtype: t
     return a, b, c, d, e, f, last.new_empty(last.shape), x.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.custom_op("rwkv::mix_backward", mutates_args=())
+@operator("rwkv::mix_backward")
 def _backward(
     dz: list[Tensor],
     dfinal: Tensor,

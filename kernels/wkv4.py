@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import Form, Op, implementation, recurrence
+from kernels.operator import operator
 from kernels.recurrence import differentiate
 
 NOTHING = -1e38
@@ -101,7 +102,7 @@ def _implementation(form: str) -> Any:
     return implementation("wkv4", form, FORMS)
 
 
-@torch.library.custom_op("rwkv::wkv4", mutates_args=())
+@operator("rwkv::wkv4")
 def _forward(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +119,7 @@ def _(
     return k.new_empty(k.shape), torch.empty_like(state, memory_format=torch.contiguous_format), kept
 
 
-@torch.library.custom_op("rwkv::wkv4_backward", mutates_args=())
+@operator("rwkv::wkv4_backward")
 def _backward(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, kept: Tensor, dy: Tensor, dfinal: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

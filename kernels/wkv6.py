@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import WKV, Form, Op, implementation, recurrence
+from kernels.operator import operator
 from kernels.recurrence import differentiate
 
 
@@ -98,7 +99,7 @@ def _implementation(form: str) -> Any:
     return implementation("wkv6", form, WKV)
 
 
-@torch.library.custom_op("rwkv::wkv6", mutates_args=())
+@operator("rwkv::wkv6")
 def _forward(
     r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, form: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +116,7 @@ def _(
     return r.new_empty(r.shape), torch.empty_like(state, memory_format=torch.contiguous_format), kept
 
 
-@torch.library.custom_op("rwkv::wkv6_backward", mutates_args=())
+@operator("rwkv::wkv6_backward")
 def _backward(
     r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, kept: Tensor, dy: Tensor, dfinal: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

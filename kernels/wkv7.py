@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import WKV, Form, Op, direct, implementation, recurrence
+from kernels.operator import operator
 from kernels.recurrence import differentiate
 
 LOG_DECAY_MIN = -math.exp(-0.5)
@@ -104,7 +105,7 @@ def _implementation(form: str) -> Any:
     return implementation("wkv7", form, WKV)
 
 
-@torch.library.custom_op("rwkv::wkv7", mutates_args=())
+@operator("rwkv::wkv7")
 def _forward(
     r: Tensor, w_raw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, form: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _(
     return r.new_empty(r.shape), torch.empty_like(state, memory_format=torch.contiguous_format), kept
 
 
-@torch.library.custom_op("rwkv::wkv7_backward", mutates_args=())
+@operator("rwkv::wkv7_backward")
 def _backward(
     r: Tensor,
     w_raw: Tensor,

@@ -221,12 +221,12 @@ class Contract:
 
     def test_is_a_sound_custom_op(self, where):
         xs = [x.requires_grad_() for x in self.draw(1, 20, device=where.device)]
-        torch.library.opcheck(self.module._forward, (*xs, where.form, True))
+        torch.library.opcheck(self.module._forward.registered, (*xs, where.form, True))
         xs = [x.detach() for x in xs]
-        torch.library.opcheck(self.module._forward, (*xs, where.form, False))
+        torch.library.opcheck(self.module._forward.registered, (*xs, where.form, False))
         y, final, kept = self.module._forward(*xs, where.form, True)
         cotangents = (torch.randn_like(y), torch.randn_like(final))
-        torch.library.opcheck(self.module._backward, (*xs[:-1], kept, *cotangents, where.form))
+        torch.library.opcheck(self.module._backward.registered, (*xs[:-1], kept, *cotangents, where.form))
 
     @pytest.mark.parametrize("steps", [1, 2, 20])
     def test_non_contiguous_inputs_are_read_right(self, steps, where):

@@ -84,6 +84,14 @@ class Ahead {
         }
     }
 
+    // The `part`th of `parts` of the state that is kept before the interval at that place, if there is one.
+    INLINE void add(const float* kept, const Shape& s, Place place, int64_t interval, int64_t part, int64_t parts) {
+        if (!kept || place.step < 0 || place.step >= s.steps || count == MOST) return;
+        const int64_t each = s.size * s.size / parts;
+        rows[count] = reinterpret_cast<const char*>(kept + ((place.head * s.intervals(interval) + place.step / interval) * parts + part) * each);
+        bytes[count++] = each * sizeof(float);
+    }
+
     APART void some() {
         int64_t r = row, i = at;
         for (int left = 10; left && r < count; left--) {

@@ -189,6 +189,8 @@ void forward(const Inputs& in, const Shape& s, const Heads& heads, int64_t first
                 const Place next = heads.next(head, end, INTERVAL);
                 for (Input which : {R, W, K, V, A, B}) ahead.add(in.rows(which), s, next.head, next.step, next.step + length);
                 ahead.add(y, s, next.head, next.step, next.step + length);
+                const Place after = heads.next(head, std::min(begin + INTERVAL, s.steps), INTERVAL);
+                ahead.add(before, s, after, INTERVAL, (start - begin) / length, INTERVAL / length);
                 relate(c, ahead);
                 read_by(2 * LENGTH, c.reads, S, keys, lanes, found, ahead);
                 pass_on(c, found, out);
@@ -351,6 +353,7 @@ void backward(const Inputs& in, const Shape& s, const Heads& heads, const float*
                     const int64_t share = length * length / INTERVAL, from = next.step + i * share;
                     ahead.add(in.rows(which), s, next.head, from, from + share);
                 }
+                ahead.add(before, s, next, INTERVAL, i, INTERVAL / length);
                 fetch(dy, s, head, start, end, 0, n, L, dreads + L * keys, keys);
                 read_by(2 * L, c.writes, G, keys, keys, dvalues, ahead);
                 pass_back(c, dvalues, dreads);

@@ -202,9 +202,9 @@ def test_keeps_only_its_output_for_the_backward(where):
 @FUSED
 def test_is_a_sound_custom_op(where):
     x = draw(3, 7, device=where.device).mT
-    torch.library.opcheck(module._forward, (x.detach().requires_grad_(), where.form))
-    torch.library.opcheck(module._forward, (x, where.form))
-    torch.library.opcheck(module._backward, (x.relu(), x, where.form))
+    torch.library.opcheck(module._forward.registered, (x.detach().requires_grad_(), where.form))
+    torch.library.opcheck(module._forward.registered, (x, where.form))
+    torch.library.opcheck(module._backward.registered, (x.relu(), x, where.form))
 
 
 @EVERYWHERE

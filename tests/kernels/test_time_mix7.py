@@ -350,16 +350,16 @@ def test_are_sound_custom_ops(where):
             if not trained:
                 xs[-case.parameters :] = [x.detach() for x in xs[-case.parameters :]]
             if case.name == "readout":
-                torch.library.opcheck(module._readout, (*xs, EPS, where.form))
+                torch.library.opcheck(module._readout.registered, (*xs, EPS, where.form))
                 xs = [x.detach() for x in xs]
-                torch.library.opcheck(module._readout_backward, (*xs, xs[4], EPS, trained, where.form))
+                torch.library.opcheck(module._readout_backward.registered, (*xs, xs[4], EPS, trained, where.form))
                 continue
-            torch.library.opcheck(module._prepare, (*xs, 8, where.form))
+            torch.library.opcheck(module._prepare.registered, (*xs, 8, where.form))
             k0, v0, v_first, *others = (None if x is None else x.detach() for x in xs)
             outputs = [x.unflatten(-1, (-1, 8)) for x in (v0, k0, v0, k0)]
             v = None if v_first is None else outputs[1]
             inputs = (k0, v_first, *others[:2], v, *others[2:], *outputs)
-            torch.library.opcheck(module._prepare_backward, (*inputs, 8, trained, where.form))
+            torch.library.opcheck(module._prepare_backward.registered, (*inputs, 8, trained, where.form))
 
 
 @FUSED

@@ -292,11 +292,11 @@ def test_is_a_sound_custom_op(where):
     for normed in (False, True):
         x, last, mus, norm = draw(1, 5, 8, 2, normed=normed, device=where.device).map(Tensor.requires_grad_)
         inputs = x, last, torch.stack([mu.view(-1) for mu in mus]).detach().requires_grad_(), *(norm or (None, None))
-        torch.library.opcheck(module._forward, (*inputs, EPS, torch.float32, where.form, True))
+        torch.library.opcheck(module._forward.registered, (*inputs, EPS, torch.float32, where.form, True))
         inputs = [y if y is None else y.detach() for y in inputs]
         *z, final, statistics = module._forward(*inputs, EPS, torch.bfloat16, where.form, True)
         for of in ((True, normed), (False, False)):
-            torch.library.opcheck(module._backward, (z[:2], final, *inputs, statistics, where.form, *of))
+            torch.library.opcheck(module._backward.registered, (z[:2], final, *inputs, statistics, where.form, *of))
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["", "autocast"])
