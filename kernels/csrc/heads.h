@@ -95,7 +95,7 @@ class Ahead {
     APART void some() {
         int64_t r = row, i = at;
         for (int left = 10; left && r < count; left--) {
-            __builtin_prefetch(rows[r] + i);
+            __builtin_prefetch(rows[r] + i, 0, 2);  // not into the first level, which a state and a chunk fill
             i += 64;
             if (i >= bytes[r]) r++, i = 0;
         }
