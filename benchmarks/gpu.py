@@ -17,13 +17,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
+from benchmarks.train_step import lora
 from kernels import choice, time_mix7, token_shift, wkv4, wkv6, wkv7
 from kernels.channel_mix import relu_squared
 from kernels.choice import Form
@@ -324,7 +324,7 @@ def training_steps(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
             model = RWKV7(RWKV7.new_shape(layers, channels, min(64, channels), sizes.vocab)).bfloat16()
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.02)
-        attach(model, SimpleNamespace(rank=64, alpha=64, dropout=0.0, targets=["att.*", "ffn.*"]), 0)  # type: ignore[arg-type]
+        attach(model, lora(64, ["att.*", "ffn.*"]), seed=0)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
         tokens = torch.randint(0, sizes.vocab, (1, sizes.context + 1), device=clock.device)
 

@@ -9,7 +9,7 @@ keeps for the backward.
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -33,8 +33,16 @@ from rwkv_core.models.skeleton import RWKV
 LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY = 12, 768, 64, 65536
 PAIRS = ("w", "a", "g", "v")
 TARGETS = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
-LORA = SimpleNamespace(rank=64, alpha=64, dropout=0.0, targets=TARGETS)
-"""As a LoraConfig, without pydantic."""
+
+
+def lora(rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = None) -> Any:
+    """As a LoraConfig, without pydantic."""
+    return SimpleNamespace(
+        kind="lora", rank=rank, alpha=alpha or rank, rank_stabilized=False, dropout=0.0, targets=targets, layers="all", also=()
+    )  # fmt: skip
+
+
+RANK = 64
 
 
 def make(dtype: torch.dtype) -> RWKV:
@@ -43,7 +51,7 @@ def make(dtype: torch.dtype) -> RWKV:
     generator = torch.Generator().manual_seed(0)
     model.initialize(generator)
     model.to(dtype)
-    attach(model, LORA, seed=1)  # type: ignore[arg-type]
+    attach(model, lora(RANK), seed=1)
     for module in model.modules():
         if isinstance(module, LoraLinear):
             torch.nn.init.normal_(module.lora_B, std=1e-2, generator=generator)
@@ -214,7 +222,7 @@ def measure(rounds: int, steps: int, clock: Callable[[], float]) -> str:
             took[name].append(seconds(call, clock))
     t = {name: median(times[1:]) for name, times in took.items()}  # the first maps memory and starts threads
     lines = [
-        f"B1 T{steps} L{LAYERS} C{CHANNELS} V{VOCABULARY}, LoRA of rank {LORA.rank} on {', '.join(LORA.targets)}; float32.",
+        f"B1 T{steps} L{LAYERS} C{CHANNELS} V{VOCABULARY}, LoRA of rank {RANK} on {', '.join(TARGETS)}; float32.",
         "",
         "| | milliseconds | tokens/s | / floor |",
         "| --- | ---: | ---: | ---: |",

@@ -55,25 +55,76 @@ class ModelConfig(Config):
         return self.model_dump(include={"head_size_divisor", "op"})
 
 
-class LoraConfig(Config):
-    """LoRA: a trainable low-rank update beside each frozen matrix, y = W x + (alpha / rank) B A dropout(x)."""
+Patterns = tuple[Annotated[str, Field(min_length=1)], ...]
 
-    kind: Literal["lora"]
+
+class _Method(Config):
+    """What every method is told."""
+
+    layers: Annotated[str, Field(pattern=r"^(all|\d+(-\d+)?( \d+(-\d+)?)*)$")]
+    """Blocks to work on, counted from 0: all, or numbers and ranges as in 0-3 25-31."""
+
+
+class _Beside(_Method):
+    """What a method is told that puts something beside frozen matrices."""
 
     rank: int = Field(ge=1)
-    """Rank of the update B A."""
+    """Rank of what is trained beside a matrix."""
+
+    targets: Patterns = Field(min_length=1)
+    """Matrices to adapt, by their name inside a block; * matches anything: att.receptance, att.*, ffn.key."""
+
+    also: Patterns
+    """Parameters trained as they are, by their name inside a block or outside of any: ln*, att.x_*, ln_out.*, emb.weight."""
+
+
+class LoraConfig(_Beside):
+    """LoRA: a trainable low-rank update beside each frozen matrix, y = W x + scale B A dropout(x)."""
+
+    kind: Literal["lora"]
 
     alpha: float = Field(gt=0)
     """The update is scaled by alpha / rank."""
 
+    rank_stabilized: bool
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a high rank learns as fast as a low one."""
+
     dropout: float = Field(ge=0, lt=1)
     """Probability of zeroing each input of the update during training."""
 
-    targets: tuple[str, ...] = Field(min_length=1)
-    """Matrices to adapt, by their name inside a block; * matches anything: att.receptance, att.*, ffn.key."""
+
+class PissaConfig(_Beside):
+    """PiSSA: LoRA that begins as the principal part of each matrix, which is taken out of it."""
+
+    kind: Literal["pissa"]
+
+    iterations: int = Field(ge=0, le=100)
+    """Power iterations of the randomised decomposition: more are more exact. RWKV-PEFT uses 4."""
 
 
-AdapterConfig = LoraConfig
+class BoneConfig(_Beside):
+    """Bone, today's MiSS: one small matrix through which every stretch of rank inputs goes. Half of a LoRA of that rank."""
+
+    kind: Literal["bone"]
+
+
+class BatConfig(_Beside):
+    """Bat: a small matrix for each stretch of rank inputs, which also turns the frozen matrix's own columns."""
+
+    kind: Literal["bat"]
+
+
+class FullConfig(_Method):
+    """No adapter: parameters of the model itself are trained."""
+
+    kind: Literal["full"]
+
+    also: Patterns = Field(min_length=1)
+    """Parameters to train, by their name inside a block or outside of any: * for all, att.*, ln*, emb.weight."""
+
+
+AdapterConfig = Annotated[LoraConfig | PissaConfig | BoneConfig | BatConfig | FullConfig, Field(discriminator="kind")]
+"""A method and its settings."""
 
 
 class OptimizerConfig(Config):

@@ -123,6 +123,7 @@ def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
 def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     adapter, train = params.adapter, params.train
+    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers"})
     return {
         "Data": {
             "source": manifest["source"]["path"],
@@ -137,8 +138,8 @@ def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict
             "tuned sha256": receipt["tuned"]["sha256"][:16],
         },
         "Training": {
-            "adapter": f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}",
-            "targets": ", ".join(adapter.targets),
+            "adapter": ", ".join([adapter.kind, *(f"{name} {value}" for name, value in settings.items())]),
+            "trained": ", ".join((*getattr(adapter, "targets", ()), *adapter.also)) + f"; layers: {adapter.layers}",
             "epochs": f"{train.epochs:g}",
             "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
             "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",

@@ -1,8 +1,9 @@
 """params.yaml, read once, checked whole."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
@@ -74,9 +75,9 @@ def read(path: Path, schema: type[T]) -> T:
 
 def _mistake(schema: type[BaseModel], detail: Any) -> str:
     """One pydantic error as value: rule; remedy."""
-    *parents, name = detail["loc"] or ("",)
-    key = ".".join(map(str, detail["loc"]))
-    section, field = _walk(schema, detail["loc"])
+    loc, section, field = _walk(schema, detail["loc"])
+    *parents, name = loc or ("",)
+    key = ".".join(map(str, loc))
     meaning = " ".join((field.description or "").split()) if field is not None else ""
     if detail["type"] == "missing":
         return f"{key}: is missing; add it" + (f" ({meaning})" if meaning else "")
@@ -93,13 +94,26 @@ def _mistake(schema: type[BaseModel], detail: Any) -> str:
     return f"{key}{shown}: {rule}; change it" + (f" ({meaning})" if meaning else "")
 
 
-def _walk(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, Any]:
-    """The section that holds the last name of `loc`, and that name's field where it has one."""
-    section: Any = schema
-    for name in loc[:-1]:
-        inner = section.model_fields.get(name) if section is not None else None
-        annotation = inner.annotation if inner is not None else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return section if inner is None else None, inner
-        section = annotation
-    return section, section.model_fields.get(loc[-1]) if loc else None
+def _walk(schema: type[BaseModel], loc: Iterable[int | str]) -> tuple[list[int | str], Any, Any]:
+    """Names from the top to a mistake; the section that has the last, if it is one of a section; and the field it is in.
+
+    Where a section comes in several kinds, pydantic's `loc` has the kind in it, which is no name.
+    """
+    names: list[int | str] = []
+    inside: Any = schema  # a section, its kinds, or None
+    section = field = None
+    for name in loc:
+        if isinstance(inside, tuple):
+            inside = next((kind for kind in inside if name in get_args(kind.model_fields["kind"].annotation)), None)
+            continue
+        names.append(name)
+        if inside is None:
+            section = None
+            continue
+        section, field = inside, inside.model_fields.get(name)
+        annotation = field.annotation if field is not None else None
+        if field is not None and field.discriminator is not None:
+            inside = get_args(annotation)
+        else:
+            inside = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return names, section, field

@@ -58,7 +58,7 @@ def train() -> None:
     with tracking.Live(folder, params.tracking) as live:
         result = fit(
             model,
-            [{"params": trained, "weight_decay": params.train.optimizer.weight_decay}],
+            model.parameter_groups(params.train.optimizer.lr, params.train.optimizer.weight_decay),
             PackedRows(Documents(stage.DATA / "train"), params.train.ctx_len, params.seed),
             PackedRows(Documents(stage.DATA / "valid"), params.train.ctx_len, None),
             params.train,

@@ -34,6 +34,10 @@ def imports(file: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: imports are absolute here"
             found += [(node.lineno, node.module), *((node.lineno, f"{node.module}.{a.name}") for a in node.names)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "implementation":
+            # kernels.choice.implementation("wkv7", ...): one of that operator's forms
+            forms = (ROOT / "kernels").glob(f"{ast.literal_eval(node.args[0])}_*.py")
+            found += [(node.lineno, f"kernels.{form.stem}") for form in sorted(forms)]
     return found
 
 

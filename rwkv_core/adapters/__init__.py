@@ -1,48 +1,139 @@
-"""Adapters: what is trained beside a frozen model. One file per method; a method is a config, a module and its delta."""
+"""Adapters: what is trained of a model, or beside it. One file per method."""
 
 import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_core.adapters.bat import BatLinear
+from rwkv_core.adapters.bone import BoneLinear
+from rwkv_core.adapters.linear import AdaptedLinear
 from rwkv_core.adapters.lora import LoraLinear
+from rwkv_core.adapters.pissa import PissaLinear
 from rwkv_core.errors import InputError
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
     from rwkv_core.config import AdapterConfig
 
+METHODS: dict[str, type[AdaptedLinear]] = {
+    "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear
+}  # fmt: skip
+"""What stands in a matrix's place, by kind. "full" has none: it trains the model's own parameters."""
+
 
 def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
-    """Freeze `model` and put an adapter beside each of its target matrices, in place. It changes nothing yet.
+    """Freeze `model` but for what the method trains, in place. It computes what it did, but for PiSSA's rounding.
 
     Args:
         model: with its blocks under `blocks.<i>.`.
-        config: which matrices, and what to put beside them.
+        config: the method, and on which parts.
         seed: of the adapter's initial values.
 
     Returns:
         Names of the adapted modules, in the model's order.
 
     Raises:
-        InputError: a target matches no matrix, so a part of the adapter would silently not exist.
+        InputError: a pattern matches nothing, so something would silently not be trained; one asks for a matrix that is
+            adapted; the model has no such layer; or the rank does not fit a matrix.
     """
     model.requires_grad_(False)
-    matrices = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    inner = {name: name.split(".", 2)[2] for name in matrices if name.startswith("blocks.")}
-    for target in config.targets:
-        if not any(fnmatch.fnmatchcase(short, target) for short in inner.values()):
-            known = sorted(set(inner.values()))
-            raise InputError(
-                f"adapter.targets has {target!r}", "each target must match a matrix", f"there are {', '.join(known)}"
-            )
-    chosen = [name for name, short in inner.items() if any(fnmatch.fnmatchcase(short, t) for t in config.targets)]
+    parameters = dict(model.named_parameters())
+    adapted, also = select(config, parameters)
     generator = torch.Generator().manual_seed(seed)
-    for name in chosen:
-        model.set_submodule(name, LoraLinear(matrices[name], config, generator))
-    return chosen
+    for name in adapted:
+        try:
+            module = METHODS[config.kind](model.get_submodule(name), config, generator)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise InputError(f"adapter.rank beside {name}", str(error), "set one that does") from None
+        model.set_submodule(name, module)
+    for name in also:
+        p = parameters[name]
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))  # small steps would be lost in bfloat16
+        p.requires_grad_(True)
+    return adapted
+
+
+def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """What a method works on.
+
+    Args:
+        config: the method.
+        tensors: a model's, by their names in a checkpoint.
+
+    Returns:
+        Names of the matrices that it adapts, without ".weight", and of the tensors that it trains as they are; in the
+        order of `tensors`.
+
+    Raises:
+        InputError: as `attach`.
+    """
+    numbers = {int(name.split(".")[1]) for name in tensors if _in_block(name)}
+    layers = _layers(config.layers, 1 + max(numbers))
+    there = [name for name in tensors if not _in_block(name) or int(name.split(".")[1]) in layers]
+    adapted: list[str] = []
+    if config.kind != "full":
+        ending = ".weight"
+        matrices = [
+            x.removesuffix(ending) for x in there if _in_block(x) and x.endswith(ending) and tensors[x].ndim == 2
+        ]
+        adapted = _matching("targets", config.targets, matrices)
+    also = _matching("also", config.also, there)
+    twice = sorted({f"{name}.weight" for name in adapted} & set(also))
+    if twice:
+        raise InputError(
+            f"adapter.also has {twice[0]}",
+            "that matrix is adapted",
+            "leave it to adapter.targets, or take it out there",
+        )
+    return adapted, also
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was learned: the parameters that require gradients, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """What was learned, by name: the parameters that require gradients; and what a merge needs beside them."""
+    kept = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, AdaptedLinear) for part in m.KEPT}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: x.detach() for name, x in model.state_dict(keep_vars=True).items() if name in trained | kept}
+
+
+def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Of the names, in their order, those that a pattern matches: inside their block, or whole outside of any.
+
+    Raises:
+        InputError: a pattern matches none.
+    """
+    inner = {name: name.split(".", 2)[2] if _in_block(name) else name for name in names}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(short, pattern) for short in inner.values()):
+            what = "a matrix" if setting == "targets" else "a parameter"
+            raise InputError(
+                f"adapter.{setting} has {pattern!r}",
+                f"each must match {what} of adapter.layers",
+                f"there are {', '.join(sorted(set(inner.values())))}",
+            )
+    return [name for name, short in inner.items() if any(fnmatch.fnmatchcase(short, p) for p in patterns)]
+
+
+def _in_block(name: str) -> bool:
+    return name.startswith("blocks.")
+
+
+def _layers(text: str, count: int) -> range | list[int]:
+    """The numbers that "all" or "0-3 25-31" means.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    if text == "all":
+        return range(count)
+    chosen: list[int] = []
+    for item in text.split():
+        first, _, last = item.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers or numbers[-1] >= count:
+            raise InputError(
+                f"adapter.layers has {item}", f"the model's layers are 0 to {count - 1}", "name some of these, or all"
+            )
+        chosen += numbers
+    return chosen

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from rwkv_core import checkpoint, models
-from rwkv_core.adapters import attach, file
+from rwkv_core.adapters import file
 from rwkv_core.checkpoint import DTYPES, Dtype
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import Continuation, stream
+from rwkv_core.merge import merged
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import State, mount
 from rwkv_core.tokenizer import Tokenizer, for_vocabulary
@@ -152,19 +153,13 @@ def open_chat(
     model = models.load(path, dtype=DTYPES.get(dtype), device=where, head_size_divisor=head_size_divisor)
     words = for_vocabulary(model.config.vocab_size, tokenizer)
     if adapter is not None:
-        _put_beside(model, path, adapter)
+        _put_in(model, path, adapter)
     begin = None if state is None else mount(model.initial_state(1), checkpoint.read(state))
     return Chat(model.eval(), words, sampling, system=system, state=begin)
 
 
-def _put_beside(model: nn.Module, base: Path, adapter: Path) -> None:
-    tensors, record = file.read_for(base, adapter, "give that one")
-    attach(model, record.adapter, seed=0)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = sorted(name for name, p in trained.items() if name not in tensors or tensors[name].shape != p.shape)
-    wrong += sorted(tensors.keys() - trained.keys())
-    if wrong:
-        raise InputError(f"{adapter}: {wrong[0]}", "does not fit the base", "train the adapter anew")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(tensors[name])
+def _put_in(model: nn.Module, base: Path, adapter: Path) -> None:
+    """Merge the adapter into the loaded model: tokens then cost no more than the base's."""
+    parts, record = file.read_for(base, adapter, "give that one")
+    adapted, replaced = merged(model.state_dict(), parts, record.adapter, adapter)
+    model.load_state_dict(adapted | replaced, strict=False)

@@ -174,11 +174,15 @@ class RWKV(nn.Module, ABC):
         return self
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimizer groups of the official pretraining: decay on the large matrices, `rates` for some vectors."""
+        """The optimizer groups of the official pretraining: decay on the large matrices, `rates` for some vectors.
+
+        What an adapter trains beside a matrix is a large matrix too.
+        """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
         for name, p in self.named_parameters():
             rate = next((rate for end, rate in self.rates.items() if name.endswith(end)), 1.0)
-            decayed = p.squeeze().ndim >= 2 and ".weight" in name
+            owner = self.get_submodule(name.rpartition(".")[0])
+            decayed = p.squeeze().ndim >= 2 and isinstance(owner, nn.Linear | nn.Embedding)
             if p.requires_grad:
                 groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(p)
         return [{"params": params, "lr": rate * lr, "weight_decay": wd} for (rate, wd), params in groups.items()]

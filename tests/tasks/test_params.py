@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 from project import ROOT
 from pydantic import BaseModel
@@ -43,7 +45,7 @@ def test_every_mistake_is_reported_at_once(edited):
     )
     assert "5 mistakes" in text
     assert "adapter.rnak = 16: there is no such setting; did you mean adapter.rank?" in text
-    assert "adapter.rank: is missing; add it (Rank of the update B A.)" in text
+    assert "adapter.rank: is missing; add it (Rank of what is trained beside a matrix.)" in text
     assert "data.holdout.fraction = 1.5: should be less than 1" in text
     assert "train.optimizer.lr = 'fast': should be a valid number" in text
     assert "seed = -1: should be greater than or equal to 0" in text
@@ -58,6 +60,18 @@ def test_each_mistake_has_value_rule_and_remedy(edited):
         assert value
         assert rule
         assert remedy
+
+
+def test_mistakes_in_a_section_of_several_kinds_are_named_without_the_kind(edited):
+    text = message(edited(("dropout: 0.0", "dropout: 1.5"), ("layers: all", "layers: [0]"), ("also: []", "also: [3]")))
+    assert "adapter.dropout = 1.5: should be less than 1; change it (Probability of zeroing" in text
+    assert "adapter.layers = [0]: should be a valid string" in text
+    assert "adapter.also.0 = 3: should be a valid string" in text
+    assert "adapter: tag 'lroa' found using 'kind' does not match any of the expected tags: 'lora', 'pissa'" in message(
+        edited(("kind: lora", "kind: lroa"))
+    )
+    others = message(edited(("kind: lora", "kind: bone")))
+    assert "adapter.alpha = 32: there is no such setting; remove it; the names here are layers, rank" in others
 
 
 def test_a_name_unlike_any_lists_what_there_is(edited):
@@ -108,8 +122,10 @@ def test_an_empty_or_absent_file_is_an_error(tmp_path):
 def test_every_setting_says_what_it_means():
     def fields(model):
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from ((f"{name}.{inner}", f) for inner, f in fields(field.annotation))
+            kinds = get_args(field.annotation) if field.discriminator else (field.annotation,)
+            if all(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
+                for kind in kinds:
+                    yield from ((f"{name}.{inner}", f) for inner, f in fields(kind))
             else:
                 yield name, field
 

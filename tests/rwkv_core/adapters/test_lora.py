@@ -2,29 +2,32 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_core.adapters.lora import LoraLinear, delta
+from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.config import LoraConfig
 
 
-def layer(dropout=0.0, rank=4, alpha=6.0):
-    config = LoraConfig(kind="lora", rank=rank, alpha=alpha, dropout=dropout, targets=("x",))
-    lora = LoraLinear(nn.Linear(16, 12, bias=False), config, torch.Generator())
+def config(rank=4, alpha=6.0, dropout=0.0, rank_stabilized=False):
+    return LoraConfig(
+        kind="lora", rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout, targets=("x",), layers="all",
+        also=(),
+    )  # fmt: skip
+
+
+def layer(**settings):
+    lora = LoraLinear(nn.Linear(16, 12, bias=False), config(**settings), torch.Generator())
     nn.init.normal_(lora.lora_B)
     return lora
 
 
-def test_is_the_matrix_and_the_scaled_update():
-    lora, x = layer(), torch.randn(5, 16)
-    want = x @ lora.weight.T + 6 / 4 * (x @ lora.lora_A.T) @ lora.lora_B.T
-    torch.testing.assert_close(lora(x), want)
-    tensors = {"m.lora_A": lora.lora_A, "m.lora_B": lora.lora_B}
-    config = LoraConfig(kind="lora", rank=4, alpha=6.0, dropout=0.0, targets=("x",))
-    torch.testing.assert_close(x @ (lora.weight + delta(tensors, "m", config)).T, want)
+@pytest.mark.parametrize(("rank_stabilized", "scale"), [(False, 6 / 4), (True, 6 / 2)])
+def test_is_the_matrix_and_the_scaled_update(rank_stabilized, scale):
+    lora, x = layer(rank_stabilized=rank_stabilized), torch.randn(5, 16)
+    torch.testing.assert_close(lora(x), x @ lora.weight.T + scale * (x @ lora.lora_A.T) @ lora.lora_B.T)
 
 
 def test_starts_as_published():
     base = nn.Linear(400, 12, bias=False)
-    lora = LoraLinear(base, LoraConfig(kind="lora", rank=8, alpha=8, dropout=0, targets=("x",)), torch.Generator())
+    lora = LoraLinear(base, config(rank=8), torch.Generator())
     assert (lora.lora_B == 0).all()
     assert lora.lora_A.abs().max() <= 400**-0.5
     assert lora.lora_A.std().item() == pytest.approx((400 * 3) ** -0.5, rel=0.05)

@@ -1,7 +1,5 @@
 """What is made again rather than kept: the same bits, less memory, nothing left behind."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from random_models import VERSIONS, make
@@ -35,7 +33,7 @@ def gradients(model, mixed=False):
 def test_gradients_are_the_same_bits(version, lora, op, mixed, monkeypatch):
     model = make(version=version, n_layer=2, op=op)
     if lora:
-        attach(model, SimpleNamespace(rank=3, alpha=3, dropout=0.0, targets=["att.*", "ffn.*"]), 0)
+        attach(model, train_step.lora(3, ["att.*", "ffn.*"]), seed=0)
     got = gradients(model, mixed)
     without(monkeypatch)
     want = gradients(model, mixed)
@@ -57,7 +55,7 @@ def test_a_layer_keeps_what_lean_means(monkeypatch):
     channel mix; a state of N / 64; what the low-rank pairs and LoRA have of their ranks."""
     monkeypatch.setattr(train_step, "VOCABULARY", 64)
     model = make(n_embd=128, head_size=64, n_layer=4)
-    attach(model, SimpleNamespace(rank=8, alpha=8, dropout=0.0, targets=["att.*", "ffn.*"]), 0)
+    attach(model, train_step.lora(8, ["att.*", "ffn.*"]), seed=0)
 
     def kept():
         return sum(train_step.Step(model, 512).kept().values()) / (512 * 4 * 128 * 4)

@@ -1,9 +1,9 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.train_step import lora
 from kernels import build
 from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach
@@ -65,7 +65,7 @@ def change_of_all(model):
 
 
 def adapter(model):
-    attach(model, SimpleNamespace(rank=2, alpha=4, dropout=0.0, targets=("ffn.key",)), seed=0)
+    attach(model, lora(2, ("ffn.key",), alpha=4), seed=0)
     model.blocks[1].ffn.key.lora_B.fill_(0.3)
 
 

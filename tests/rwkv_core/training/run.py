@@ -55,7 +55,16 @@ if accident.get("at") == "save":
 
 config = TrainConfig(**settings)
 model = models.load(folder / "base.pth")
-lora = LoraConfig(kind="lora", rank=2, alpha=4, dropout=0.2, targets=("att.receptance", "ffn.key"))
+lora = LoraConfig(
+    kind="lora",
+    rank=2,
+    alpha=4,
+    dropout=0.2,
+    rank_stabilized=False,
+    targets=("att.receptance", "ffn.key"),
+    layers="all",
+    also=(),
+)
 attach(model, lora, seed=3)
 model.ln_out.register_forward_hook(lambda *_: happens("forward") if model.training else None)
 (folder / "run").mkdir(exist_ok=True)

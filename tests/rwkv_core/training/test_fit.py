@@ -3,6 +3,7 @@ import math
 import pytest
 import stored
 import torch
+from methods import EXAMPLES
 
 from kernels.head_loss import IGNORE
 from rwkv_core.adapters import attach, trained_state
@@ -12,7 +13,9 @@ from rwkv_core.data.sampling import PackedRows
 from rwkv_core.errors import InputError
 from rwkv_core.training.fit import fit
 
-LORA = LoraConfig(kind="lora", rank=4, alpha=8, dropout=0.0, targets=("att.*", "ffn.*"))
+LORA = LoraConfig(
+    kind="lora", rank=4, alpha=8, dropout=0.0, rank_stabilized=False, targets=("att.*", "ffn.*"), layers="all", also=()
+)
 
 
 def settings(optimizer=None, **changes):
@@ -275,3 +278,21 @@ def test_it_is_told_on_one_line_now_and_then(run, capsys):
     assert lines[0].startswith("step 1/")
     assert "loss" in lines[-1]
     assert len(lines) < 5
+
+
+class Stop(Exception):
+    """What ends a run before its time."""
+
+
+@pytest.mark.parametrize("adapter", EXAMPLES, ids=lambda config: config.kind)
+def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
+    def stop(step, metrics):
+        if step == 13:
+            raise Stop
+
+    whole, _ = run(settings(), adapter=adapter)
+    with pytest.raises(Stop):
+        run(settings(), adapter=adapter, folder=tmp_path, log=stop)
+    continued, result = run(settings(), adapter=adapter, folder=tmp_path)
+    assert result.resumed_at == 10
+    assert equal(bits(whole), bits(continued))

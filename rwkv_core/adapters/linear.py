@@ -1,0 +1,76 @@
+"""What every method that adapts matrices is made of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptedLinear(nn.Linear, ABC):
+    """A frozen matrix, and what is trained beside it. `weight` keeps its name, so the checkpoint's names still hold.
+
+    A method is a subclass: what it trains, what that computes, and the matrix that computes the same.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]]
+    """Names of what is trained, as files have them after the module's name."""
+
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    """Names of what is not, and that a merge needs too."""
+
+    def __init__(self, base: nn.Linear, config: Any, generator: torch.Generator) -> None:
+        """Take the matrix's place, without having an effect yet.
+
+        Args:
+            base: (out, in), without bias.
+            config: of the method.
+            generator: of initial values; on the CPU.
+
+        Raises:
+            ValueError: the rank does not fit the matrix; the text is the rule.
+        """
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight = base.weight.requires_grad_(False)
+
+    def part(self, x: Tensor) -> nn.Parameter:
+        """A trained tensor of these initial values: in full precision, even beside a base in bfloat16."""
+        return nn.Parameter(x.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)))
+
+    @staticmethod
+    @abstractmethod
+    def merged(weight: Tensor, parts: Mapping[str, Tensor], config: Any) -> Tensor:
+        """The matrix that computes what both do.
+
+        Args:
+            weight: (out, in) float32.
+            parts: what was trained beside it, float32, by name.
+            config: of the method.
+
+        Raises:
+            ValueError: the parts are not of the shapes that config and weight ask for.
+        """
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., C) -> (M, C)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def autocast(x: Tensor) -> Tensor:
+    """In the dtype that mixed precision has for products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def fitting(parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """The parts in the order of `shapes`.
+
+    Raises:
+        ValueError: they are others, or of other shapes.
+    """
+    found = {name: tuple(x.shape) for name, x in parts.items()}
+    if found != dict(shapes):
+        raise ValueError(f"has {found or 'nothing'}; it must be {dict(shapes)}")
+    return [parts[name] for name in shapes]

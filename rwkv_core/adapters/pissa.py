@@ -1,0 +1,54 @@
+"""PiSSA: LoRA that begins as the principal part of the matrix, which is taken out of it.
+
+    W ~ U S V'      A0 = sqrt(S) V', B0 = U sqrt(S)      y = (W - B0 A0) x + B A x        A, B begin at A0, B0
+
+What is trained is what matters most of the matrix from the first step on. A0 and B0 are kept beside A and B: a merge adds
+B A - B0 A0 to the matrix as it was.
+Source: Meng et al. 2024, arXiv:2404.02948; the randomised decomposition: Halko et al. 2011, arXiv:0909.4061; names RWKV-PEFT.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_core.adapters.linear import AdaptedLinear, fitting
+from rwkv_core.adapters.lora import beside
+
+if TYPE_CHECKING:
+    from rwkv_core.config import PissaConfig
+
+
+class PissaLinear(AdaptedLinear):
+    """A linear layer without its principal part, and that beside it."""
+
+    PARTS: ClassVar = ("lora_A", "lora_B")
+    KEPT: ClassVar = ("init_lora_A", "init_lora_B")
+
+    def __init__(self, base: nn.Linear, config: "PissaConfig", generator: torch.Generator) -> None:
+        """See `AdaptedLinear`."""
+        super().__init__(base, config, generator)
+        weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+        if config.rank > min(weight.shape):
+            raise ValueError(f"the rank must be at most {min(weight.shape)}, that of the matrix")
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            u, s, v = torch.svd_lowrank(weight, config.rank, config.iterations)
+        a, b = s.sqrt()[:, None] * v.mT, u * s.sqrt()
+        self.register_buffer("init_lora_A", a.contiguous())
+        self.register_buffer("init_lora_B", b.contiguous())
+        self.lora_A, self.lora_B = self.part(a.contiguous().clone()), self.part(b.contiguous().clone())
+        self.weight = nn.Parameter(torch.addmm(weight, b, a, alpha=-1).to(self.weight.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return beside(x, None, self.weight, self.lora_A, self.lora_B, 1.0)
+
+    @staticmethod
+    def merged(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> Tensor:
+        """See `AdaptedLinear.merged`."""
+        (out, into), rank = weight.shape, config.rank
+        shapes = {"lora_A": (rank, into), "lora_B": (out, rank)}
+        a, b, a0, b0 = fitting(parts, shapes | {f"init_{name}": shape for name, shape in shapes.items()})
+        return torch.addmm(torch.addmm(weight, b0, a0, alpha=-1), b, a)
