@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_core.adapters.linear import AdaptedLinear, autocast, fitting, rows
+from rwkv_core.adapters.linear import AdaptedLinear, apply, fitting, rows
 
 if TYPE_CHECKING:
     from rwkv_core.config import BoneConfig
@@ -34,10 +34,7 @@ class BoneLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x = autocast(x)
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _Adapted.apply(x, self.weight, self.disha)  # type: ignore[no-untyped-call]
-        return y
+        return apply(_Adapted, x, self.weight, self.disha)
 
     @staticmethod
     def merged(weight: Tensor, parts: Mapping[str, Tensor], config: "BoneConfig") -> Tensor:

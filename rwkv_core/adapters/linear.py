@@ -64,6 +64,17 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def apply(function: type[torch.autograd.Function], x: Tensor, *given: Any) -> Tensor:
+    """A function of x that does itself what autocast would do within."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        y: Tensor = function.apply(x, *given)  # type: ignore[no-untyped-call]
+        return y
+    with torch.autocast(device, enabled=False):
+        y = function.apply(x.to(torch.get_autocast_dtype(device)), *given)  # type: ignore[no-untyped-call]
+    return y
+
+
 def fitting(parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
     """The parts in the order of `shapes`.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_core.adapters.linear import AdaptedLinear, autocast, fitting, rows
+from rwkv_core.adapters.linear import AdaptedLinear, apply, autocast, fitting, rows
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
     from rwkv_core.config import LoraConfig
@@ -37,8 +37,10 @@ class LoraLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x = autocast(x)
-        read = F.dropout(x, self.dropout) if self.training and self.dropout else None
+        read = None
+        if self.training and self.dropout:
+            x = autocast(x)
+            read = F.dropout(x, self.dropout)
         return beside(x, read, self.weight, self.lora_A, self.lora_B, self.scale)
 
     @staticmethod
@@ -51,10 +53,7 @@ class LoraLinear(AdaptedLinear):
 
 def beside(x: Tensor, read: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """W x + scale B A read, where `read` is x if it is None; (..., in) -> (..., out)."""
-    x = autocast(x)
-    with torch.autocast(x.device.type, enabled=False):  # what it would do is done
-        y: Tensor = _Adapted.apply(x, read, weight, a, b, scale)  # type: ignore[no-untyped-call]
-    return y
+    return apply(_Adapted, x, read, weight, a, b, scale)
 
 
 def scale(config: "LoraConfig") -> float:

@@ -1,0 +1,88 @@
+"""A training step of RWKV-7 0.1B by every method, against a step through the frozen model that trains one layer norm alone.
+
+python -m benchmarks.adapters [--rank N] [--threads N] [--rounds N] [--steps T] [--out FILE]
+
+All take turns. Beside the time: what is trained, and what the forward keeps for the backward.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.train_step import CHANNELS, HEAD_SIZE, LAYERS, TARGETS, VOCABULARY, Step, lora, seconds, units
+from rwkv_core import memory
+from rwkv_core.adapters import METHODS, attach
+from rwkv_core.models.rwkv7 import RWKV7
+
+FROZEN = SimpleNamespace(kind="full", layers="0", also=("ln0.*",))
+"""All of the model's own backward runs, and next to nothing is trained."""
+
+
+def methods(rank: int) -> dict[str, Any]:
+    """The configs, by kind, without pydantic."""
+    beside = {"rank": rank, "targets": TARGETS, "layers": "all", "also": ()}
+    more: dict[str, dict[str, Any]] = {"pissa": {"iterations": 4}}
+    found = {kind: SimpleNamespace(kind=kind, **beside, **more.get(kind, {})) for kind in METHODS}
+    return {
+        "frozen": FROZEN,
+        **found,
+        "lora": lora(rank),
+        "full": SimpleNamespace(kind="full", layers="all", also=("*",)),
+    }
+
+
+def make(config: Any, steps: int) -> Step:
+    """A model of initial values, and what the method puts beside it."""
+    model = RWKV7(RWKV7.new_shape(LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY))
+    model.initialize(torch.Generator().manual_seed(0))
+    attach(model, config, seed=1)
+    return Step(model, steps)
+
+
+def measure(rank: int, rounds: int, steps: int) -> str:
+    """The table."""
+    runs = {kind: make(config, steps) for kind, config in methods(rank).items()}
+    took: dict[str, list[float]] = {kind: [] for kind in runs}
+    for _ in range(rounds + 2):
+        for kind, step in runs.items():
+            took[kind].append(seconds(step.gradients, time.perf_counter))
+    t = {kind: median(times[2:]) for kind, times in took.items()}
+    lines = [
+        f"B1 T{steps} L{LAYERS} C{CHANNELS} V{VOCABULARY}, rank {rank} beside {', '.join(TARGETS)}; float32.",
+        "",
+        "| | trained | forward, loss and backward, ms | / frozen | kept for the backward, values of C |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, step in runs.items():
+        count = sum(p.numel() for p in step.trained)
+        lines.append(f"| {kind} | {count} | {t[kind] * 1e3:.0f} | {t[kind] / t['frozen']:.2f} | {units(step, 4):.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=512, help="tokens of the row")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    given = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
+    torch.set_num_threads(given.threads)
+    with memory.reused():  # as in training
+        table = measure(given.rank, given.rounds, given.steps)
+    text = f"{describe()}; medians of {given.rounds}\n\n{table}\n"
+    print(text)
+    if given.out:
+        given.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
