@@ -1,4 +1,4 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow chat`.
+"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow chat`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -68,6 +68,43 @@ def sync() -> None:
     root = Path.cwd()
     set_defaults(root)
     tracking.publish(root, params.load().tracking)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="The model that the adapters were trained on: a file or a folder.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapter files; 0.5*file.pth takes half of what that one changes.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The .pth to write; its receipt is written beside it.")],
+    layers: Annotated[
+        str, typer.Option(help="Which blocks take part, and how much: 0.2*25-31 31. Others stay the base's.")
+    ] = "all",
+) -> None:
+    """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says."""
+    from rwkv_core.errors import InputError
+    from rwkv_core.files import whole_file, write_json
+    from rwkv_core.merge import Part
+    from rwkv_core.merge import merge as merge_files
+
+    if out.exists():
+        raise InputError(str(out), "something is there already", "name another file, or remove it")
+    parts = []
+    for given in adapters:
+        weight, star, path = given.partition("*")
+        try:
+            parts.append(Part(Path(path), float(weight)) if star else Part(Path(given)))
+        except ValueError:
+            raise InputError(given, "what stands before * must be a number", "write 0.5*file.pth") from None
+    receipt = merge_files(base, parts, out, layers=layers)
+    written = out.with_name(f"{out.name}.receipt.json")
+    with whole_file(written) as temporary:
+        write_json(temporary, receipt)
+    changed = receipt["merged"]
+    typer.echo(
+        f"{out}: {changed['matrices_changed']} matrices changed, {changed['tensors_replaced']} tensors replaced; "
+        f"sha256 {changed['sha256'][:16]}, receipt {written}"
+    )
 
 
 @app.command()

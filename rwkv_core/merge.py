@@ -1,40 +1,87 @@
-"""Base and adapter become one ordinary checkpoint."""
+"""Base and adapters become one ordinary checkpoint."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint
-from rwkv_core.adapters import METHODS, file, select
+from rwkv_core.adapters import METHODS, file, layer_numbers, select
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 
 
-def merge(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    """Write the checkpoint that computes what base and adapter compute together.
+class Part(NamedTuple):
+    """An adapter, and how much of what it changes is taken: 1 is all of it."""
 
-    Keys, shapes, order and dtypes are the base's. The adapter's file says how it is to be merged, and into what.
+    path: Path
+    weight: float = 1.0
+
+
+@torch.no_grad()
+def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all") -> dict[str, Any]:
+    """Write the checkpoint that computes what base and adapters compute together.
+
+    Keys, shapes, order and dtypes are the base's. Each adapter's file says how it is to be merged, and into what; what several
+    change of a tensor is added up, in float32.
+
+    Args:
+        base: a file or a folder.
+        adapters: one or more.
+        out: the file to write.
+        layers: which blocks take part and how much, as in merge_lora_plus: "0.2*25-31 31". A block that is not named stays the
+            base's; one named twice counts as the last says. Tensors that were trained as they are, such as norms, are
+            taken whole, whatever the factor before their block.
 
     Returns:
         The receipt: digests of what went in and came out, how many matrices were changed, and how many tensors replaced.
 
     Raises:
-        InputError: a file can't be read, the adapter was trained on another base, or does not fit it.
+        InputError: a file can't be read or would be overwritten, an adapter was trained on another base, or does not fit it;
+            or `layers` names blocks that are not there.
     """
-    parts, record = file.read_for(base, adapter, "merge it into that one")
+    taken = {path.resolve() for path in (base, *(part.path for part in adapters))}
+    if out.resolve() in taken:
+        raise InputError(str(out), "it is read, and would be overwritten", "name another file")
     tensors = checkpoint.read(base)
-    adapted, replaced = merged(tensors, parts, record.adapter, adapter)
-    checkpoint.write(out, tensors | adapted | replaced)
+    factors = _factors(layers, tensors)
+    sums: dict[str, Tensor] = {}
+    matrices: set[str] = set()
+    entries = []
+    for path, weight in adapters:
+        parts, record = file.read_for(base, path, "merge it into that one")
+        adapted, replaced = merged(tensors, parts, record.adapter, path)
+        for name, x in (adapted | replaced).items():
+            factor = _factor(factors, name)
+            factor = weight * (factor if name in adapted or not factor else 1.0)
+            if not factor:
+                continue
+            wide = tensors[name].to(x.dtype)
+            # one that is taken whole is taken to the bit
+            sums[name] = x if factor == 1 and name not in sums else sums.get(name, wide) + factor * (x - wide)
+            matrices |= {name} & adapted.keys()
+        entries.append(
+            {
+                "path": str(path),
+                "sha256": sha256(path),
+                "kind": record.adapter.kind,
+                "run": record.run,
+                "weight": weight,
+            }
+        )
+    changed = {name: x.to(tensors[name].dtype) for name, x in sums.items()}
+    checkpoint.write(out, tensors | changed)
     return {
-        "base": {"path": str(base), "sha256": record.base_sha256},
-        "adapter": {"path": str(adapter), "sha256": sha256(adapter), "kind": record.adapter.kind, "run": record.run},
+        "base": {"path": str(base), "sha256": sha256(base)},
+        "adapters": entries,
+        "layers": layers,
         "merged": {
             "sha256": sha256(out), "bytes": out.stat().st_size,
-            "matrices_changed": len(adapted), "tensors_replaced": len(replaced),
+            "matrices_changed": len(matrices), "tensors_replaced": len(changed) - len(matrices),
         },
     }  # fmt: skip
 
@@ -45,7 +92,7 @@ def merged(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a base that an adapter changes: matrices that it adapts, and those that were trained as they are.
 
-    Sums are made in float32, or in the base's precision where that is higher; the results are of the base's dtype.
+    Both are in float32, or in the base's precision where that is higher.
 
     Args:
         base: a model's tensors.
@@ -68,22 +115,41 @@ def merged(
         elif base[name].shape != x.shape:
             raise _misfit(adapter, name, f"is {tuple(x.shape)}; it must be {tuple(base[name].shape)}")
         else:
-            replaced[name] = x.to(base[name])
+            replaced[name] = x.to(base[name].device, _wide(base[name]))
     for name in also:
         if name not in replaced:
             raise _misfit(adapter, name, "its settings say that it was trained, and it is not there")
     adapted: dict[str, Tensor] = {}
     for module, found in beside.items():
         weight = base[f"{module}.weight"]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        parts = {part: x.to(weight.device, wide) for part, x in found.items()}
+        wide = _wide(weight)
+        found = {part: x.to(weight.device, wide) for part, x in found.items()}
         try:
-            y = METHODS[config.kind].merged(weight.to(wide), parts, config)
+            adapted[f"{module}.weight"] = METHODS[config.kind].merged(weight.to(wide), found, config)
         except ValueError as error:
             raise _misfit(adapter, module, str(error)) from None
-        adapted[f"{module}.weight"] = y.to(weight.dtype)
     return adapted, replaced
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _misfit(adapter: Path, name: str, reason: str) -> InputError:
     return InputError(f"{adapter}: {name}", f"does not fit the base: {reason}", "train the adapter anew")
+
+
+def _factors(text: str, tensors: Mapping[str, Tensor]) -> dict[int, float]:
+    """How much of each block is taken; those that are not here, nothing."""
+    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    factors: dict[int, float] = {}
+    for item in text.split():
+        found = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.+)", item)
+        factor, layers = (found[1], found[2]) if found else (None, item)
+        factors |= dict.fromkeys(layer_numbers(layers, count, "layers"), float(factor or 1))
+    return factors
+
+
+def _factor(factors: Mapping[int, float], name: str) -> float:
+    """For a tensor of that name; what is outside of any block is taken whole."""
+    return factors.get(int(name.split(".")[1]), 0.0) if name.startswith("blocks.") else 1.0

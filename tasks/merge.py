@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rwkv_core.files import whole_folder, write_json
+from rwkv_core.merge import Part
 from rwkv_core.merge import merge as merge_files
 from tasks import stage, tracking
 from tasks.params import load
@@ -12,7 +13,7 @@ def merge() -> None:
     """Base and outputs/train/adapter.pth -> outputs/merged: model.pth and receipt.json."""
     params = load()
     with whole_folder(stage.MERGED) as out:
-        receipt = merge_files(params.model.base, stage.ADAPTER, out / stage.MODEL.name)
+        receipt = merge_files(params.model.base, [Part(stage.ADAPTER)], out / stage.MODEL.name)
         write_json(out / "receipt.json", receipt)
     tracking.publish(Path.cwd(), params.tracking)
     print(f"merged {receipt['merged']['matrices_changed']} matrices into {stage.MODEL}")

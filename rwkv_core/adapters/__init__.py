@@ -1,6 +1,7 @@
 """Adapters: what is trained of a model, or beside it. One file per method."""
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
         InputError: as `attach`.
     """
     numbers = {int(name.split(".")[1]) for name in tensors if _in_block(name)}
-    layers = _layers(config.layers, 1 + max(numbers))
+    layers = layer_numbers(config.layers, 1 + max(numbers), "adapter.layers")
     there = [name for name in tensors if not _in_block(name) or int(name.split(".")[1]) in layers]
     adapted: list[str] = []
     if config.kind != "full":
@@ -119,21 +120,28 @@ def _in_block(name: str) -> bool:
     return name.startswith("blocks.")
 
 
-def _layers(text: str, count: int) -> range | list[int]:
+def layer_numbers(text: str, count: int, setting: str) -> range | list[int]:
     """The numbers that "all" or "0-3 25-31" means.
 
+    Args:
+        text: numbers and ranges, or "all".
+        count: how many layers the model has.
+        setting: what the text is the value of, for messages.
+
     Raises:
-        InputError: the model has no such layer.
+        InputError: the model has no such layer, or the text is no such list.
     """
     if text == "all":
         return range(count)
     chosen: list[int] = []
     for item in text.split():
-        first, _, last = item.partition("-")
-        numbers = range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
         if not numbers or numbers[-1] >= count:
             raise InputError(
-                f"adapter.layers has {item}", f"the model's layers are 0 to {count - 1}", "name some of these, or all"
+                f"{setting} has {item}",
+                f"the model's layers are 0 to {count - 1}",
+                "name some of these as in 0-3 7, or all",
             )
         chosen += numbers
     return chosen

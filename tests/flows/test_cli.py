@@ -1,15 +1,24 @@
-"""`rwkvflow run`, with a server and without one."""
+"""`rwkvflow run`, with a server and without one, and `rwkvflow merge`."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import random_models
+import torch
+from methods import EXAMPLES
 from miniature import dvc, free_port, processes_in, wait_until
 
 from flows import cli
+from rwkv_core import checkpoint
+from rwkv_core.adapters import attach, file, trained_state
+from rwkv_core.adapters.file import AdapterRecord
+from rwkv_core.files import sha256
 
 
 def start(*words: str) -> subprocess.Popen[str]:
@@ -31,7 +40,7 @@ def no_server(settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_the_commands(settings: None):
     code, output = finish(start("--help"))
     assert code == 0
-    assert all(command in output for command in ("up", "run", "sync"))
+    assert all(command in output for command in ("up", "run", "sync", "merge", "chat"))
 
 
 def test_a_problem_is_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -95,3 +104,68 @@ def test_the_interpreter_of_the_stages_is_ours(repository: Path, no_server: None
     Path("tasks/prepare.py").write_text("import sys; print('python is', sys.executable)")
     _, output = finish(start("run", "--force", "prepare"))
     assert f"python is {Path(sys.executable).parent}" in output
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> tuple[Path, Path]:
+    """A small base, and a Bone adapter of it."""
+    model = random_models.make()
+    checkpoint.write(tmp_path / "base.pth", model.state_dict())
+    attach(model, EXAMPLES[2], seed=0)
+    tensors = {name: torch.ones_like(x) for name, x in trained_state(model).items()}
+    record = AdapterRecord(
+        format=1,
+        adapter=EXAMPLES[2],
+        base_sha256=sha256(tmp_path / "base.pth"),
+        data_sha256="",
+        vocabulary_sha256="",
+        run="r",
+    )
+    file.write(tmp_path / "adapter.pth", tensors, record)
+    return tmp_path / "base.pth", tmp_path / "adapter.pth"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["rwkvflow", *map(str, words)])
+    cli.main()
+
+
+def test_merge_writes_a_checkpoint_and_its_receipt(
+    adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    base, adapter = adapted
+    out = tmp_path / "out.pth"
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "merge", base, f"0.5*{adapter}", adapter, out, "--layers", "0.5*1")
+    assert not ended.value.code
+    receipt = json.loads((tmp_path / "out.pth.receipt.json").read_text())
+    assert [entry["weight"] for entry in receipt["adapters"]] == [0.5, 1.0]
+    assert receipt["merged"]["sha256"] == sha256(out)
+    assert capsys.readouterr().out.startswith(
+        f"{out}: 4 matrices changed, 0 tensors replaced; sha256 {sha256(out)[:16]}"
+    )
+    start, found = checkpoint.read(base), checkpoint.read(out)
+    changed = [name for name in start if not torch.equal(start[name], found[name])]
+    assert changed == [f"blocks.1.{name}.weight" for name in ("att.receptance", "att.value", "ffn.key", "ffn.value")]
+    for name in changed:
+        torch.testing.assert_close(found[name], start[name] + 0.75)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{base}", "half*{adapter}", "{out}"), "rwkvflow: half*.*: what stands before \\* must be a number"),
+        (("{base}", "{adapter}", "{base}"), "rwkvflow: .*base.pth: something is there already; name another file"),
+        (("{adapter}", "{adapter}", "{out}"), "rwkvflow: .* was trained on another base"),
+    ],
+)
+def test_merge_names_what_is_wrong(
+    words: tuple[str, ...], message: str, adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    base, adapter = adapted
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "merge", *(x.format(base=base, adapter=adapter, out=tmp_path / "out.pth") for x in words))
+    assert ended.value.code == 1
+    assert re.match(message, capsys.readouterr().err)
+    assert not (tmp_path / "out.pth").exists()

@@ -15,7 +15,7 @@ from rwkv_core.adapters.file import AdapterRecord
 from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
-from rwkv_core.merge import merge
+from rwkv_core.merge import Part, merge
 
 MATRICES = [config for config in EXAMPLES if config.kind != "full"]
 
@@ -117,15 +117,18 @@ def test_merging_keeps_the_function(config, base, tokens, tmp_path):
     want = logits(model, tokens)
     assert (want - before).abs().max() > 0.1
     file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
-    receipt = merge(base, tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    receipt = merge(base, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
     merged = models.load(tmp_path / "merged.pth")
     torch.testing.assert_close(logits(merged, tokens), want, rtol=1e-4, atol=1e-4)
     assert receipt == {
         "base": {"path": str(base), "sha256": sha256(base)},
-        "adapter": {
-            "path": str(tmp_path / "adapter.pth"), "sha256": sha256(tmp_path / "adapter.pth"), "kind": config.kind,
-            "run": "r",
-        },
+        "adapters": [
+            {
+                "path": str(tmp_path / "adapter.pth"), "sha256": sha256(tmp_path / "adapter.pth"), "kind": config.kind,
+                "run": "r", "weight": 1.0,
+            }
+        ],
+        "layers": "all",
         "merged": {
             "sha256": sha256(tmp_path / "merged.pth"), "bytes": (tmp_path / "merged.pth").stat().st_size,
             "matrices_changed": len(adapted),
@@ -148,7 +151,7 @@ def test_every_version_takes_it(version, config, random_model, tokens, tmp_path)
     want = logits(model, tokens)
     assert (want - before).abs().max() > 0.1
     file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
-    merge(base, tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    merge(base, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
     torch.testing.assert_close(logits(models.load(tmp_path / "merged.pth"), tokens), want, rtol=1e-4, atol=1e-4)
 
 
@@ -161,7 +164,7 @@ def test_a_merged_file_is_like_its_base(config, base, tokens, tmp_path):
     adapted = attach(model, config, seed=0)
     train(model, tokens)
     file.write(tmp_path / "adapter.pth", trained_state(model), record(half, config))
-    merge(half, tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    merge(half, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
     one, two = checkpoint.read(half), checkpoint.read(tmp_path / "merged.pth")
     assert [(n, x.shape, x.dtype) for n, x in two.items()] == [(n, x.shape, x.dtype) for n, x in one.items()]
     changed = [name for name in one if not torch.equal(one[name], two[name])]
@@ -252,8 +255,63 @@ def adapter(base, tiny, tokens, tmp_path):
 def refuse_merge(base, adapter, message):
     out = adapter.with_name("merged.pth")
     with pytest.raises(InputError, match=message):
-        merge(base, adapter, out)
+        merge(base, [Part(adapter)], out)
     assert not out.exists()
+
+
+@pytest.fixture
+def two(base, tokens, tmp_path):
+    """Two adapters of the base, a LoRA with norms and a Bone, and what each merges to alone."""
+    files, alone = [], []
+    for config in (OTHERS[0].model_copy(update={"layers": "all"}), EXAMPLES[2]):
+        model = models.load(base)
+        attach(model, config, seed=0)
+        train(model, tokens)
+        files.append(tmp_path / f"{config.kind}.pth")
+        file.write(files[-1], trained_state(model), record(base, config))
+        merge(base, [Part(files[-1])], tmp_path / "alone.pth")
+        alone.append(checkpoint.read(tmp_path / "alone.pth"))
+    return files, alone
+
+
+def test_several_adapters_are_added_by_weight(base, two, tmp_path):
+    (one, other), alone = two
+    receipt = merge(base, [Part(one, 0.25), Part(other, 1.5)], tmp_path / "merged.pth")
+    start, found = checkpoint.read(base), checkpoint.read(tmp_path / "merged.pth")
+    for name, x in start.items():
+        want = x + 0.25 * (alone[0][name] - x) + 1.5 * (alone[1][name] - x)
+        torch.testing.assert_close(found[name], want, rtol=1e-5, atol=1e-6)
+    assert [entry["weight"] for entry in receipt["adapters"]] == [0.25, 1.5]
+    assert [entry["kind"] for entry in receipt["adapters"]] == ["lora", "bone"]
+
+
+def test_layers_take_part_as_much_as_is_said(base, two, tmp_path):
+    (one, _), (alone, _) = two
+    merge(base, [Part(one)], tmp_path / "merged.pth", layers="0.2*1-2 2")
+    start, found = checkpoint.read(base), checkpoint.read(tmp_path / "merged.pth")
+    for name, x in start.items():
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        whole = ".ln" in name or layer is None  # replaced, not scaled
+        factor = {None: 1.0, 0: 0.0, 1: 1.0 if whole else 0.2, 2: 1.0}[layer]
+        if factor in (0.0, 1.0):
+            assert torch.equal(found[name], alone[name] if factor else x), name
+        else:
+            torch.testing.assert_close(found[name], x + factor * (alone[name] - x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["3", "0.2*0-3", "x", "0.2*", "*1", "2-1"])
+def test_layers_that_can_not_be_merged_are_refused(layers, base, adapter, tmp_path):
+    with pytest.raises(InputError, match=r"layers has .*: the model's layers are 0 to 2"):
+        merge(base, [Part(adapter)], tmp_path / "merged.pth", layers=layers)
+    assert not (tmp_path / "merged.pth").exists()
+
+
+def test_merge_does_not_overwrite_what_it_reads(base, adapter):
+    before = base.read_bytes(), adapter.read_bytes()
+    for out in (base, adapter, base.parent / "." / base.name):
+        with pytest.raises(InputError, match="it is read, and would be overwritten; name another file"):
+            merge(base, [Part(adapter)], out)
+    assert (base.read_bytes(), adapter.read_bytes()) == before
 
 
 def test_merge_refuses_another_base(base, adapter, random_model, tmp_path):
@@ -315,7 +373,9 @@ def test_merge_refuses_an_adapter_with_a_part_that_does_not_fit(part, damage, ba
 @pytest.mark.parametrize("layers", ["3", "0-3", "2 7", "1-0"])
 def test_layers_that_are_not_there_are_refused(layers, tiny):
     config = EXAMPLES[0].model_copy(update={"layers": layers})
-    with pytest.raises(InputError, match=r"adapter.layers has .*: the model's layers are 0 to 2; name some of these"):
+    with pytest.raises(
+        InputError, match=r"adapter.layers has .*: the model's layers are 0 to 2; name some of these as in"
+    ):
         attach(tiny, config, seed=0)
 
 

@@ -10,7 +10,7 @@ from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import sha256
 from rwkv_core.generation.chat import Chat, one_turn, open_chat
 from rwkv_core.generation.sampling import Sampling
-from rwkv_core.merge import merge
+from rwkv_core.merge import Part, merge
 from rwkv_core.models.state import BlockState
 from rwkv_core.tokenizer import Tokenizer, bytes_tokenizer
 
@@ -210,7 +210,7 @@ def adapter(base, tmp_path):
 
 
 def test_an_adapter_beside_the_base_says_what_the_merged_model_says(base, adapter, tmp_path):
-    merge(base, adapter, tmp_path / "merged.pth")
+    merge(base, [Part(adapter)], tmp_path / "merged.pth")
     beside, merged = open_chat(base, DRAWN, adapter=adapter), open_chat(tmp_path / "merged.pth", DRAWN)
     assert says(beside, "Well?") == says(merged, "Well?") != says(open_chat(base, DRAWN), "Well?")
     torch.testing.assert_close(beside.last.state, merged.last.state, rtol=1e-4, atol=1e-4)
