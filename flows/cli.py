@@ -1,4 +1,5 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow chat`.
+"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow inspect`,
+`rwkvflow chat`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -105,6 +106,19 @@ def merge(
         f"{out}: {changed['matrices_changed']} matrices changed, {changed['tensors_replaced']} tensors replaced; "
         f"sha256 {changed['sha256'][:16]}, receipt {written}"
     )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Any file or folder: a model, an adapter, a tuned state.")],
+) -> None:
+    """Say what a file is: of which version and sizes, by which method, from what."""
+    from rwkv_core.describe import describe
+
+    found = describe(path)
+    width = max(map(len, found))
+    for name, value in found.items():
+        typer.echo(f"{name:{width}}  {', '.join(map(str, value)) or 'none' if isinstance(value, list) else value}")
 
 
 @app.command()

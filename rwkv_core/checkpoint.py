@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, Tensor]:
     for file in files:
         held = container.read(file)
         for name, x in held.items():
-            for official, y in huggingface.to_official(_stripped(name), x):
+            for official, y in huggingface.to_official(stripped(name), x):
                 if official in tensors:
                     raise InputError(f"{file}: {name!r}", "two entries are this tensor", "give the model file itself")
                 tensors[official] = y
@@ -57,13 +57,14 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors if ordered else order.official(tensors)
 
 
-def _stripped(name: str) -> str:
-    stripped = True
-    while stripped:
-        stripped = False
+def stripped(name: str) -> str:
+    """The name of a tensor without what trainers leave before it."""
+    found = True
+    while found:
+        found = False
         for prefix in _PREFIXES:
             if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
+                name, found = name.removeprefix(prefix), True
     return name
 
 

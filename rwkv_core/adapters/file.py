@@ -63,11 +63,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], AdapterRecord]:
     Raises:
         InputError: it can't be read, or has no record.
     """
-    tensors = checkpoint.read(path)
+    return checkpoint.read(path), read_record(path)
+
+
+def read_record(path: Path) -> AdapterRecord:
+    """The record of an adapter file.
+
+    Raises:
+        InputError: it has none.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            return tensors, AdapterRecord.model_validate_json(archive.read(_ENTRY))
-    except (KeyError, zipfile.BadZipFile):
+            return AdapterRecord.model_validate_json(archive.read(_ENTRY))
+    except (KeyError, OSError, zipfile.BadZipFile):
         raise InputError(str(path), "has no record of its base and settings", "train it with RWKV-Flow") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

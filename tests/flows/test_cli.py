@@ -169,3 +169,21 @@ def test_merge_names_what_is_wrong(
     assert ended.value.code == 1
     assert re.match(message, capsys.readouterr().err)
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_inspect_says_what_a_file_is(
+    adapted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    base, adapter = adapted
+    for path, lines in (
+        (base, ["is +a model, RWKV-7", "n_layer +3", f"sha256 +{sha256(base)}"]),
+        (
+            adapter,
+            ["is +an adapter of RWKV-Flow", "kind +bone", "rank +5", "also +none", f"base_sha256 +{sha256(base)}"],
+        ),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, "inspect", path)
+        assert not ended.value.code
+        output = capsys.readouterr().out
+        assert all(re.search(f"^{line}$", output, re.MULTILINE) for line in lines)
