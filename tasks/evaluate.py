@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
         table.writerows([i, *(format(x, ".9g") for x in row)] for i, row in enumerate(columns.tolist()))
 
 
+def _words(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers with their names, and switches that are on."""
+    for name, value in settings.items():
+        word = name.replace("_", " ")
+        if value is True:
+            yield word
+        elif value is not False:
+            yield f"{word} {value:g}"
+
+
 def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     adapter, train = params.adapter, params.train
@@ -138,7 +149,7 @@ def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict
             "tuned sha256": receipt["tuned"]["sha256"][:16],
         },
         "Training": {
-            "adapter": ", ".join([adapter.kind, *(f"{name} {value}" for name, value in settings.items())]),
+            "method": ", ".join([adapter.kind, *_words(settings)]),
             "trained": ", ".join((*getattr(adapter, "targets", ()), *adapter.also)) + f"; layers: {adapter.layers}",
             "epochs": f"{train.epochs:g}",
             "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
