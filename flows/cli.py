@@ -81,6 +81,12 @@ def merge(
     layers: Annotated[
         str, typer.Option(help="Which blocks take part, and how much: 0.2*25-31 31. Others stay the base's.")
     ] = "all",
+    alpha: Annotated[
+        float | None, typer.Option(help="Of LoRAs that another program has trained: their files don't have it.")
+    ] = None,
+    pissa_init: Annotated[
+        Path | None, typer.Option(help="RWKV-PEFT's init_pissa.pth, for a PiSSA that it has trained.")
+    ] = None,
 ) -> None:
     """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says."""
     from rwkv_core.errors import InputError
@@ -94,7 +100,7 @@ def merge(
     for given in adapters:
         weight, star, path = given.partition("*")
         try:
-            parts.append(Part(Path(path), float(weight)) if star else Part(Path(given)))
+            parts.append(Part(Path(path if star else given), float(weight) if star else 1.0, alpha, pissa_init))
         except ValueError:
             raise InputError(given, "what stands before * must be a number", "write 0.5*file.pth") from None
     receipt = merge_files(base, parts, out, layers=layers)
@@ -102,6 +108,12 @@ def merge(
     with whole_file(written) as temporary:
         write_json(temporary, receipt)
     changed = receipt["merged"]
+    unknown = [entry["path"] for entry in receipt["adapters"] if not entry["base_checked"]]
+    if unknown:
+        typer.echo(
+            f"{', '.join(unknown)}: another program's, which doesn't say what it was trained on; check the result",
+            err=True,
+        )
     typer.echo(
         f"{out}: {changed['matrices_changed']} matrices changed, {changed['tensors_replaced']} tensors replaced; "
         f"sha256 {changed['sha256'][:16]}, receipt {written}"

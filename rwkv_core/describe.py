@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file
-from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.formats import container
 
@@ -30,23 +29,24 @@ def describe(path: Path) -> dict[str, Any]:
     tensors = {checkpoint.stripped(name): x for name, x in container.read(path).items()} if path.is_file() else {}
     parts = {name: x for name, x in tensors.items() if _part(name) in _PARTS}
     states = {name: x for name, x in tensors.items() if name.endswith(".time_state")}
-    if parts:
-        found = _adapter(path, tensors, parts)
+    record = file.read_record(path) if path.is_file() else None
+    if record is not None:
+        about = record.model_dump(mode="json", exclude={"format"})
+        found = {"is": "an adapter of RWKV-Flow", "kind": record.adapter.kind, **about.pop("adapter"), **about}
+    elif parts:
+        found = _adapter(tensors, parts)
     elif states and len(states) == len(tensors):
         heads, size = next(iter(states.values())).shape[-3:-1]
         found = {"is": "a tuned state", "n_layer": len(states), "n_embd": heads * size, "head_size": size}
     else:
-        try:
-            found = _own(path)
-        except InputError:
-            tensors = checkpoint.read(path)
-            shape = models.version_of(tensors, path).shape_of(tensors, models.divisor(path))
-            found = {"is": f"a model, RWKV-{shape.version}", **asdict(shape)}
-            del found["version"]
-            if states:
-                found["tuned states"] = (
-                    f"of {len(states)} blocks; RWKV-7's clients read them from a file of their own alone"
-                )
+        tensors = checkpoint.read(path)
+        shape = models.version_of(tensors, path).shape_of(tensors, models.divisor(path))
+        found = {"is": f"a model, RWKV-{shape.version}", **asdict(shape)}
+        del found["version"]
+        if states:
+            found["tuned states"] = (
+                f"of {len(states)} blocks; RWKV-7's clients read them from a file of their own alone"
+            )
     dtypes = Counter(str(x.dtype).removeprefix("torch.") for x in tensors.values())
     return {
         **found,
@@ -60,11 +60,8 @@ def _part(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _adapter(path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    try:
-        return _own(path)
-    except InputError:
-        pass  # another program's: what its names and shapes tell
+def _adapter(tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the names and shapes of another program's adapter tell."""
     kinds, ranks, targets = set(), set(), set()
     for name, x in parts.items():
         kind, axis = _PARTS[_part(name)]
@@ -80,15 +77,3 @@ def _adapter(path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str, Tens
         "layers": len(layers),
         "trained as they are": ", ".join(sorted(tensors.keys() - parts.keys())) or "none",
     }
-
-
-def _own(path: Path) -> dict[str, Any]:
-    """What the record in an adapter of ours says.
-
-    Raises:
-        InputError: there is none.
-    """
-    record = file.read_record(path).model_dump(mode="json")
-    settings = record.pop("adapter")
-    del record["format"]
-    return {"is": "an adapter of RWKV-Flow", "kind": settings.pop("kind"), **settings, **record}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_core import checkpoint
+from rwkv_core import checkpoint, foreign
 from rwkv_core.adapters import METHODS, file, layer_numbers, select
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
@@ -20,6 +20,10 @@ class Part(NamedTuple):
 
     path: Path
     weight: float = 1.0
+    alpha: float | None = None
+    """Of another program's LoRA; see `foreign.read`."""
+    init: Path | None = None
+    """RWKV-PEFT's init_pissa.pth of another program's PiSSA."""
 
 
 @torch.no_grad()
@@ -52,12 +56,12 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     sums: dict[str, Tensor] = {}
     matrices: set[str] = set()
     entries = []
-    for path, weight in adapters:
-        parts, record = file.read_for(base, path, "merge it into that one")
-        adapted, replaced = merged(tensors, parts, record.adapter, path)
+    for part in adapters:
+        parts, config, run = _read(base, part)
+        adapted, replaced = merged(tensors, parts, config, part.path)
         for name, x in (adapted | replaced).items():
             factor = _factor(factors, name)
-            factor = weight * (factor if name in adapted or not factor else 1.0)
+            factor = part.weight * (factor if name in adapted or not factor else 1.0)
             if not factor:
                 continue
             wide = tensors[name].to(x.dtype)
@@ -66,13 +70,10 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
             matrices |= {name} & adapted.keys()
         entries.append(
             {
-                "path": str(path),
-                "sha256": sha256(path),
-                "kind": record.adapter.kind,
-                "run": record.run,
-                "weight": weight,
+                "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": run,
+                "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
             }
-        )
+        )  # fmt: skip
     changed = {name: x.to(tensors[name].dtype) for name, x in sums.items()}
     checkpoint.write(out, tensors | changed)
     return {
@@ -129,6 +130,18 @@ def merged(
         except ValueError as error:
             raise _misfit(adapter, module, str(error)) from None
     return adapted, replaced
+
+
+def _read(base: Path, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str | None]:
+    """An adapter's tensors, method and run; of another program's the run is None, and its base can't be checked."""
+    if part.path.is_dir() or file.read_record(part.path) is None:
+        return *foreign.read(part.path, part.alpha, part.init), None
+    if part.alpha is not None or part.init is not None:
+        raise InputError(
+            str(part.path), "its alpha and all else are in its record", "leave --alpha and --pissa-init out"
+        )
+    tensors, record = file.read_for(base, part.path, "merge it into that one")
+    return tensors, record.adapter, record.run
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -63,20 +63,23 @@ def read(path: Path) -> tuple[dict[str, Tensor], AdapterRecord]:
     Raises:
         InputError: it can't be read, or has no record.
     """
-    return checkpoint.read(path), read_record(path)
+    tensors, record = checkpoint.read(path), read_record(path)
+    if record is None:
+        raise InputError(str(path), "has no record of its base and settings", "merge it by `rwkvflow merge`")
+    return tensors, record
 
 
-def read_record(path: Path) -> AdapterRecord:
-    """The record of an adapter file.
+def read_record(path: Path) -> AdapterRecord | None:
+    """The record of an adapter file; None if it has none, as those of other programs.
 
     Raises:
-        InputError: it has none.
+        InputError: it is of another version.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             return AdapterRecord.model_validate_json(archive.read(_ENTRY))
     except (KeyError, OSError, zipfile.BadZipFile):
-        raise InputError(str(path), "has no record of its base and settings", "train it with RWKV-Flow") from None
+        return None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -125,7 +125,7 @@ def test_merging_keeps_the_function(config, base, tokens, tmp_path):
         "adapters": [
             {
                 "path": str(tmp_path / "adapter.pth"), "sha256": sha256(tmp_path / "adapter.pth"), "kind": config.kind,
-                "run": "r", "weight": 1.0,
+                "run": "r", "base_checked": True, "weight": 1.0, "settings": config.model_dump(mode="json"),
             }
         ],
         "layers": "all",
@@ -322,11 +322,13 @@ def test_merge_refuses_another_base(base, adapter, random_model, tmp_path):
     )
 
 
-def test_merge_refuses_an_adapter_without_a_record(base, adapter, tmp_path):
+def test_merge_asks_for_what_an_adapter_without_a_record_does_not_tell(base, adapter, tmp_path):
     torch.save(torch.load(adapter), tmp_path / "plain.pth")
-    refuse_merge(base, tmp_path / "plain.pth", "plain.pth: has no record of its base and settings")
+    refuse_merge(base, tmp_path / "plain.pth", "plain.pth: a LoRA's alpha is not in its file; say --alpha")
     torch.save(torch.load(adapter), tmp_path / "older.pth", _use_new_zipfile_serialization=False)
-    refuse_merge(base, tmp_path / "older.pth", "older.pth: has no record of its base and settings")
+    refuse_merge(base, tmp_path / "older.pth", "older.pth: a LoRA's alpha is not in its file; say --alpha")
+    with pytest.raises(InputError, match="its alpha and all else are in its record; leave --alpha"):
+        merge(base, [Part(adapter, alpha=3.0)], tmp_path / "merged.pth")
 
 
 def test_merge_refuses_an_adapter_cut_short(base, adapter, tmp_path):

@@ -1,0 +1,184 @@
+"""Adapters in the layouts of other programs merge to what ours merge to."""
+
+import json
+
+import pytest
+import torch
+from methods import EXAMPLES
+from safetensors.torch import save_file
+
+from rwkv_core import checkpoint, foreign
+from rwkv_core.adapters import attach, file, trained_state
+from rwkv_core.adapters.file import AdapterRecord
+from rwkv_core.config import LoraConfig
+from rwkv_core.errors import InputError
+from rwkv_core.files import sha256
+from rwkv_core.merge import Part, merge
+
+LORA, PISSA, BONE, BAT, _ = EXAMPLES
+NORMS = BONE.model_copy(update={"also": ("ln*", "ln_out.*")})
+V4 = LORA.model_copy(
+    update={"targets": ("att.key", "att.value", "att.receptance", "ffn.*"), "also": ("ln*", "att.time_*")}
+)
+
+
+@pytest.fixture
+def made(random_model, tmp_path):
+    """A base, an adapter of it with random values, and what ours merges to."""
+
+    def make(config, version="7"):
+        model = random_model(version=version)
+        checkpoint.write(tmp_path / "base.pth", model.state_dict())
+        attach(model, config, seed=0)
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            name: x if "init" in name else x + 0.1 * torch.randn(x.shape, generator=generator)
+            for name, x in trained_state(model).items()
+        }
+        record = AdapterRecord(
+            format=1,
+            adapter=config,
+            base_sha256=sha256(tmp_path / "base.pth"),
+            data_sha256="",
+            vocabulary_sha256="",
+            run="",
+        )
+        file.write(tmp_path / "own.pth", tensors, record)
+        merge(tmp_path / "base.pth", [Part(tmp_path / "own.pth")], tmp_path / "want.pth")
+        return tensors, checkpoint.read(tmp_path / "want.pth")
+
+    return make
+
+
+def assert_merges(tmp_path, path, want, **known):
+    receipt = merge(tmp_path / "base.pth", [Part(path, **known)], tmp_path / "merged.pth")
+    found = checkpoint.read(tmp_path / "merged.pth")
+    assert all(torch.equal(found[name], x) for name, x in want.items())
+    [entry] = receipt["adapters"]
+    assert (entry["base_checked"], entry["run"]) == (False, None)
+    return entry
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    ("config", "known", "version"),
+    [
+        (LORA, {"alpha": 7.5}, "7"), (LORA, {"alpha": 7.5}, "6"), (V4, {"alpha": 7.5}, "4"),
+        (BONE, {}, "7"), (NORMS, {}, "7"), (BAT, {}, "7"), (BAT, {}, "5.2"),
+    ],
+)  # fmt: skip
+def test_rwkv_peft(config, known, version, prefix, made, tmp_path):
+    tensors, want = made(config, version)
+    torch.save({prefix + name: x for name, x in tensors.items()}, tmp_path / "rwkv-3.pth")
+    entry = assert_merges(tmp_path, tmp_path / "rwkv-3.pth", want, **known)
+    assert entry["kind"] == config.kind
+    assert entry["settings"]["rank"] == config.rank
+
+
+@pytest.mark.parametrize("config", [BONE, BAT], ids=lambda config: config.kind)
+def test_the_older_name_of_bone(config, made, tmp_path):
+    tensors, want = made(config)
+    torch.save({name.replace("disha", "bone"): x for name, x in tensors.items()}, tmp_path / "rwkv-0.pth")
+    assert_merges(tmp_path, tmp_path / "rwkv-0.pth", want)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_pissa_of_two_files(prefix, made, tmp_path):
+    tensors, want = made(PISSA)
+    torch.save({n: x for n, x in tensors.items() if "init" not in n}, tmp_path / "rwkv-0.pth")
+    torch.save({prefix + n: x for n, x in tensors.items() if "init" in n}, tmp_path / "init_pissa.pth")
+    entry = assert_merges(tmp_path, tmp_path / "rwkv-0.pth", want, init=tmp_path / "init_pissa.pth")
+    assert entry["kind"] == "pissa"
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """Hugging Face's, of a LoRA, with changes to its config."""
+
+    def make(config=LORA, **changes):
+        tensors, want = made(config)
+        renamed = {
+            f"base_model.model.{name.replace('disha', 'miss_block')}"
+            + (".weight" if "lora" in name else ""): x.contiguous()
+            for name, x in tensors.items()
+        }
+        (tmp_path / "hf").mkdir()
+        save_file(renamed, tmp_path / "hf" / "adapter_model.safetensors")
+        about = {"peft_type": "LORA", "r": 3, "lora_alpha": 7.5} if config.kind == "lora" else {"peft_type": "MISS"}
+        (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps(about | changes))
+        return tmp_path / "hf", want
+
+    return make
+
+
+def test_a_folder_of_hugging_face(folder, tmp_path):
+    path, want = folder()
+    assert_merges(tmp_path, path, want)
+
+
+def test_rslora_of_hugging_face(folder, tmp_path):
+    config = LoraConfig(**LORA.model_dump() | {"rank_stabilized": True})
+    path, want = folder(config, use_rslora=True)
+    assert_merges(tmp_path, path, want)
+
+
+def test_miss_of_hugging_face(folder, tmp_path):
+    path, want = folder(BONE)
+    assert_merges(tmp_path, path, want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"peft_type": "ADALORA"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"rank_pattern": {"key": 2}},
+    ],
+    ids=str,
+)
+def test_methods_of_hugging_face_that_mean_something_else_are_refused(change, folder):
+    path, _ = folder(**change)
+    with pytest.raises(
+        InputError, match=f"{next(iter(change))} = .*: this method is not known here; merge it with peft"
+    ):
+        foreign.read(path)
+
+
+def test_miss_with_blocks_of_outputs_is_not_taken_for_bat(folder):
+    path, _ = folder(BONE, init_weights="bat")
+    with pytest.raises(InputError, match="init_weights = 'bat': this method is not known here"):
+        foreign.read(path)
+
+
+def test_untrained_states_are_passed_over_and_trained_ones_refused(made, tmp_path):
+    tensors, want = made(BONE)
+    states = {f"blocks.{i}.att.time_state": torch.zeros(4, 8, 8) for i in range(3)}
+    torch.save(tensors | states, tmp_path / "early.pth")
+    assert_merges(tmp_path, tmp_path / "early.pth", want)
+    states["blocks.1.att.time_state"][0, 0, 0] = 1
+    torch.save(tensors | states, tmp_path / "tuned.pth")
+    with pytest.raises(InputError, match="it is a tuned state, which is not merged; mount it"):
+        foreign.read(tmp_path / "tuned.pth")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "known", "message"),
+    [
+        ({"blocks.0.att.key.lora_A": (2, 4)}, {}, "a LoRA's alpha is not in its file; say --alpha"),
+        ({"blocks.0.att.key.disha": (2, 4)}, {"alpha": 8.0}, "--alpha 8: .* is no LoRA: it has none"),
+        ({"blocks.0.ln1.weight": (4,)}, {}, "no tensor in it is an adapter's"),
+        (
+            {"blocks.0.att.key.disha": (2, 4), "blocks.0.att.value.disha": (3, 4)}, {},
+            r"disha of ranks \[2, 3\]: must be of one method and rank",
+        ),
+        (
+            {"blocks.0.att.key.disha": (2, 4), "blocks.0.att.value.lora_A": (2, 4)}, {"alpha": 1.0},
+            "disha, lora_A of ranks",
+        ),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_known_is_asked_for(tensors, known, message, tmp_path):
+    torch.save({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=message):
+        foreign.read(tmp_path / "x.pth", **known)
