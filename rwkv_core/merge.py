@@ -1,7 +1,8 @@
 """Base and adapters become one ordinary checkpoint."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from rwkv_core.adapters import METHODS, file, layer_numbers, select
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
+
+Make = Callable[[], Tensor]
 
 
 class Part(NamedTuple):
@@ -53,28 +56,25 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
         raise InputError(str(out), "it is read, and would be overwritten", "name another file")
     tensors = checkpoint.read(base)
     factors = _factors(layers, tensors)
-    sums: dict[str, Tensor] = {}
+    shares: dict[str, list[tuple[float, Make]]] = {}
     matrices: set[str] = set()
     entries = []
     for part in adapters:
         parts, config, run = _read(base, part)
         adapted, replaced = merged(tensors, parts, config, part.path)
-        for name, x in (adapted | replaced).items():
+        for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
             factor = part.weight * (factor if name in adapted or not factor else 1.0)
-            if not factor:
-                continue
-            wide = tensors[name].to(x.dtype)
-            # one that is taken whole is taken to the bit
-            sums[name] = x if factor == 1 and name not in sums else sums.get(name, wide) + factor * (x - wide)
-            matrices |= {name} & adapted.keys()
+            if factor:
+                shares.setdefault(name, []).append((factor, make))
+                matrices |= {name} & adapted.keys()
         entries.append(
             {
                 "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": run,
                 "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
             }
         )  # fmt: skip
-    changed = {name: x.to(tensors[name].dtype) for name, x in sums.items()}
+    changed = {name: _sum(tensors[name], of).to(tensors[name].dtype) for name, of in shares.items()}
     checkpoint.write(out, tensors | changed)
     return {
         "base": {"path": str(base), "sha256": sha256(base)},
@@ -87,13 +87,13 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     }  # fmt: skip
 
 
-@torch.no_grad()
 def merged(
     base: Mapping[str, Tensor], parts: Mapping[str, Tensor], config: AdapterConfig, adapter: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Make], dict[str, Make]]:
     """The tensors of a base that an adapter changes: matrices that it adapts, and those that were trained as they are.
 
-    Both are in float32, or in the base's precision where that is higher.
+    What makes them is given, and not they: all of them in float32 (or the base's precision, where that is higher) are more than
+    a model.
 
     Args:
         base: a model's tensors.
@@ -102,11 +102,11 @@ def merged(
         adapter: its file, for messages.
 
     Raises:
-        InputError: a part does not fit.
+        InputError: a part does not fit; or, when a matrix is made, those beside it don't.
     """
     matrices, also = select(config, base)
     beside: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, Make] = {}
     for name, x in parts.items():
         module, _, part = name.rpartition(".")
         if module in beside:
@@ -116,20 +116,33 @@ def merged(
         elif base[name].shape != x.shape:
             raise _misfit(adapter, name, f"is {tuple(x.shape)}; it must be {tuple(base[name].shape)}")
         else:
-            replaced[name] = x.to(base[name].device, _wide(base[name]))
+            replaced[name] = partial(x.to, base[name].device, _wide(base[name]))
     for name in also:
         if name not in replaced:
             raise _misfit(adapter, name, "its settings say that it was trained, and it is not there")
-    adapted: dict[str, Tensor] = {}
-    for module, found in beside.items():
+
+    @torch.no_grad()
+    def make(module: str) -> Tensor:
         weight = base[f"{module}.weight"]
         wide = _wide(weight)
-        found = {part: x.to(weight.device, wide) for part, x in found.items()}
+        found = {part: x.to(weight.device, wide) for part, x in beside[module].items()}
         try:
-            adapted[f"{module}.weight"] = METHODS[config.kind].merged(weight.to(wide), found, config)
+            return METHODS[config.kind].merged(weight.to(wide), found, config)
         except ValueError as error:
             raise _misfit(adapter, module, str(error)) from None
-    return adapted, replaced
+
+    return {f"{module}.weight": partial(make, module) for module in beside}, replaced
+
+
+def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
+    """The base and what is taken of each change to it; one that is taken whole and alone, to the bit."""
+    if len(shares) == 1 and shares[0][0] == 1:
+        return shares[0][1]()
+    wide = base.to(_wide(base))
+    total = wide.clone()
+    for factor, make in shares:
+        total += factor * (make() - wide)
+    return total
 
 
 def _read(base: Path, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str | None]:

@@ -161,5 +161,7 @@ def open_chat(
 def _put_in(model: nn.Module, base: Path, adapter: Path) -> None:
     """Merge the adapter into the loaded model: tokens then cost no more than the base's."""
     parts, record = file.read_for(base, adapter, "give that one")
-    adapted, replaced = merged(model.state_dict(), parts, record.adapter, adapter)
-    model.load_state_dict(adapted | replaced, strict=False)
+    tensors = model.state_dict()
+    adapted, replaced = merged(tensors, parts, record.adapter, adapter)
+    for name, make in (adapted | replaced).items():
+        tensors[name].copy_(make())
