@@ -5,17 +5,14 @@ python -m benchmarks.adapters [--rank N] [--threads N] [--rounds N] [--steps T] 
 All take turns. Beside the time: what is trained, and what the forward keeps for the backward.
 """
 
-import argparse
-import os
 import time
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, parser, pin, tell
 from benchmarks.train_step import CHANNELS, HEAD_SIZE, LAYERS, TARGETS, VOCABULARY, Step, lora, seconds, units
 from rwkv_core import memory
 from rwkv_core.adapters import METHODS, attach
@@ -67,21 +64,15 @@ def measure(rank: int, rounds: int, steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=512, help="tokens of the row")
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
-    given = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
-    torch.set_num_threads(given.threads)
+    options = parser(__doc__)
+    options.add_argument("--rank", type=int, default=64)
+    options.add_argument("--steps", type=int, default=512, help="tokens of the row")
+    given = options.parse_args()
+    pin(given.threads)
     with memory.reused():  # as in training
         table = measure(given.rank, given.rounds, given.steps)
     text = f"{describe()}; medians of {given.rounds}\n\n{table}\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(text, given.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The official `rwkv` package runs the same checkpoint and tokens, in a process of
 the whole process. All take turns, so that other load on the machine meets all alike.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, parser, tell
 from kernels import build
 from rwkv_core import checkpoint, models
 from rwkv_core.models.rwkv7 import RWKV7
@@ -209,18 +208,13 @@ def table(t: dict[str, float], wide: RWKV, narrow: RWKV, large: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
-    given = parser.parse_args()
+    options = parser(__doc__)
+    given = options.parse_args()
     torch.set_num_threads(given.threads)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), given.threads, given.rounds)
     text = f"{describe()}; medians of {given.rounds}\n\n{found}\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(text, given.out)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,16 @@
 python -m benchmarks.kernels [--threads N] [--rounds N] [--out FILE]
 """
 
-import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, parser, pin, tell
 from kernels import wkv4, wkv6, wkv7
 from kernels.channel_mix import relu_squared
 from kernels.head_loss import head_loss, head_loss_reference
@@ -217,19 +214,13 @@ def measure(shapes: Sequence[tuple[int, int, int, int]], heads: Sequence[tuple[i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
-    given = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
-    torch.set_num_threads(given.threads)
+    options = parser(__doc__)
+    given = options.parse_args()
+    pin(given.threads)
     with memory.reused():  # as in training
         tables = measure(SHAPES, HEADS, given.rounds)
     text = f"{describe()}; medians of {given.rounds}\n\n{tables}\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(text, given.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a measurement was made on, in a line: numbers mean nothing without it."""
 
+import argparse
 import os
 import platform
 from pathlib import Path
@@ -18,3 +19,25 @@ def describe() -> str:
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB, Python {platform.python_version()}, torch {torch.__version__} "
         f"({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads){gpu}"
     )
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of what every measurement is told; `doc` is its module's."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    made.add_argument("--rounds", type=int, default=9)
+    made.add_argument("--out", type=Path, help="also write the tables to this file")
+    return made
+
+
+def pin(threads: int) -> None:
+    """Work with so many threads, on as many processors."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+
+
+def tell(text: str, out: Path | None) -> None:
+    """Print the tables, and write them to `out`."""
+    print(text)
+    if out:
+        out.write_text(text, encoding="utf-8")

@@ -6,11 +6,8 @@ All take turns, so that other load on the machine meets all alike. Beside the ra
 keeps for the backward.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, parser, pin, tell
 from kernels import head_loss as head
 from rwkv_core import memory
 from rwkv_core.adapters import attach
@@ -251,23 +248,19 @@ def measure(rounds: int, steps: int, clock: Callable[[], float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=512, help="tokens of the row")
-    parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that has other work")
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
-    given = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
-    torch.set_num_threads(given.threads)
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=512, help="tokens of the row")
+    options.add_argument(
+        "--processor-time", action="store_true", help="for one thread on a machine that has other work"
+    )
+    given = options.parse_args()
+    pin(given.threads)
     clock = time.process_time if given.processor_time else time.perf_counter
     kind = "processor time" if given.processor_time else "wall time"
     with memory.reused():  # as in training
         tables = measure(given.rounds, given.steps, clock)
     text = f"{describe()}; {kind}, medians of {given.rounds}\n\n{tables}\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(text, given.out)
 
 
 if __name__ == "__main__":

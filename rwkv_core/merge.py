@@ -54,13 +54,13 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     taken = {path.resolve() for path in (base, *(part.path for part in adapters))}
     if out.resolve() in taken:
         raise InputError(str(out), "it is read, and would be overwritten", "name another file")
-    tensors = checkpoint.read(base)
+    tensors, digest = checkpoint.read(base), sha256(base)
     factors = _factors(layers, tensors)
     shares: dict[str, list[tuple[float, Make]]] = {}
     matrices: set[str] = set()
     entries = []
     for part in adapters:
-        parts, config, run = _read(base, part)
+        parts, config, run = _read(base, digest, part)
         adapted, replaced = merged(tensors, parts, config, part.path)
         for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
@@ -77,7 +77,7 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     changed = {name: _sum(tensors[name], of).to(tensors[name].dtype) for name, of in shares.items()}
     checkpoint.write(out, tensors | changed)
     return {
-        "base": {"path": str(base), "sha256": sha256(base)},
+        "base": {"path": str(base), "sha256": digest},
         "adapters": entries,
         "layers": layers,
         "merged": {
@@ -145,7 +145,7 @@ def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
     return total
 
 
-def _read(base: Path, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str | None]:
+def _read(base: Path, digest: str, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str | None]:
     """An adapter's tensors, method and run; of another program's the run is None, and its base can't be checked."""
     if part.path.is_dir() or file.read_record(part.path) is None:
         return *foreign.read(part.path, part.alpha, part.init), None
@@ -153,7 +153,7 @@ def _read(base: Path, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str
         raise InputError(
             str(part.path), "its alpha and all else are in its record", "leave --alpha and --pissa-init out"
         )
-    tensors, record = file.read_for(base, part.path, "merge it into that one")
+    tensors, record = file.read_for(base, digest, part.path, "merge it into that one")
     return tensors, record.adapter, record.run
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv_core import checkpoint
 from rwkv_core.config import AdapterConfig, Config
 from rwkv_core.errors import InputError
-from rwkv_core.files import sha256, whole_file
+from rwkv_core.files import whole_file
 
 _ENTRY = "archive/rwkv-flow.json"
 
@@ -86,11 +86,12 @@ def read_record(path: Path) -> AdapterRecord | None:
         raise InputError(f"{path}: {_ENTRY}", f"is of another version ({reason})", "train the adapter anew") from None
 
 
-def read_for(base: Path, path: Path, remedy: str) -> tuple[dict[str, Tensor], AdapterRecord]:
+def read_for(base: Path, base_sha256: str, path: Path, remedy: str) -> tuple[dict[str, Tensor], AdapterRecord]:
     """The tensors and the record of an adapter that is to be used with the checkpoint `base`.
 
     Args:
         base: a file or a folder.
+        base_sha256: its digest.
         path: the adapter.
         remedy: what to do if it was trained on another base.
 
@@ -98,10 +99,9 @@ def read_for(base: Path, path: Path, remedy: str) -> tuple[dict[str, Tensor], Ad
         InputError: it was, can't be read, or has no record.
     """
     tensors, record = read(path)
-    found = sha256(base)
-    if found != record.base_sha256:
+    if base_sha256 != record.base_sha256:
         raise InputError(
-            f"{base} (sha256 {found[:12]}...)",
+            f"{base} (sha256 {base_sha256[:12]}...)",
             f"{path} was trained on another base (sha256 {record.base_sha256[:12]}...)",
             remedy,
         )

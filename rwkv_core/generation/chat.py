@@ -13,6 +13,7 @@ from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file
 from rwkv_core.checkpoint import DTYPES, Dtype
 from rwkv_core.errors import InputError, WorldError
+from rwkv_core.files import sha256
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import Continuation, stream
 from rwkv_core.merge import merged
@@ -160,7 +161,7 @@ def open_chat(
 
 def _put_in(model: nn.Module, base: Path, adapter: Path) -> None:
     """Merge the adapter into the loaded model: tokens then cost no more than the base's."""
-    parts, record = file.read_for(base, adapter, "give that one")
+    parts, record = file.read_for(base, sha256(base), adapter, "give that one")
     tensors = model.state_dict()
     adapted, replaced = merged(tensors, parts, record.adapter, adapter)
     for name, make in (adapted | replaced).items():

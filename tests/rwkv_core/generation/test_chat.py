@@ -1,11 +1,11 @@
 import pytest
 import torch
+from methods import EXAMPLES
 from random_models import make
 
 from rwkv_core import checkpoint
 from rwkv_core.adapters import attach, file, trained_state
 from rwkv_core.adapters.file import AdapterRecord
-from rwkv_core.config import LoraConfig
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import sha256
 from rwkv_core.generation.chat import Chat, one_turn, open_chat
@@ -189,16 +189,7 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     model = make(vocab_size=256)
-    config = LoraConfig(
-        kind="lora",
-        rank=3,
-        alpha=7.5,
-        dropout=0.5,
-        rank_stabilized=False,
-        targets=("att.receptance", "att.value", "ffn.*"),
-        layers="all",
-        also=(),
-    )
+    config = EXAMPLES[0].model_copy(update={"dropout": 0.5})
     attach(model, config, 1)
     tensors = {name: torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) * 0.2
                for i, (name, x) in enumerate(trained_state(model).items())}  # fmt: skip
