@@ -30,15 +30,10 @@ HEADS = ((1024, 768, 65536), (2048, 128, 65536))
 
 
 def milliseconds(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median of each call, the calls taking turns so that other load on the machine meets all alike.
-
-    In its turn each is made twice, and the second is timed: the first pays for what another has left in the caches, which is a
-    millisecond of Python for an operator and its backward. `benchmarks.train_step` has that in it.
-    """
+    """Median of each call, the calls taking turns so that other load on the machine meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            call()
             began = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - began) * 1e3)
