@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint
+from rwkv_core.adapters import inner, layer
+from rwkv_core.adapters.linear import wide
 from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.formats import container
@@ -75,12 +76,12 @@ def _config(
         )
     (rank,) = ranks
     modules = [name.rpartition(".")[0] for name in parts]
-    numbers = sorted({int(name.split(".")[1]) for name in modules})
+    numbers = sorted({number for name in modules if (number := layer(name)) is not None})
     beside: dict[str, Any] = {
         "rank": rank,
-        "targets": tuple(dict.fromkeys(name.split(".", 2)[2] for name in modules)),
+        "targets": tuple(dict.fromkeys(inner(name) for name in modules)),
         "layers": " ".join(map(str, numbers)),
-        "also": tuple(dict.fromkeys(_inner(name) for name in tensors if name not in parts)),
+        "also": tuple(dict.fromkeys(inner(name) for name in tensors if name not in parts)),
     }
     is_lora = "disha" not in ends and not any(end.startswith("init") for end in ends)
     if is_lora:
@@ -108,12 +109,8 @@ def _named(path: Path) -> dict[str, Tensor]:
         name = checkpoint.stripped(name)
         module, _, part = name.removesuffix(".weight").rpartition(".")
         known = _NAMES.get(part, part)
-        found[f"{module}.{known}" if known in _PARTS else name] = x.to(torch.promote_types(x.dtype, torch.float32))
+        found[f"{module}.{known}" if known in _PARTS else name] = x.to(wide(x))
     return found
-
-
-def _inner(name: str) -> str:
-    return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
 def _refuse_others(path: Path, about: Mapping[str, Any]) -> None:

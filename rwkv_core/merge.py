@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint, foreign
-from rwkv_core.adapters import METHODS, file, layer_numbers, select
+from rwkv_core.adapters import METHODS, file, layer, layer_count, layer_numbers, select
+from rwkv_core.adapters.linear import wide
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
@@ -116,7 +117,7 @@ def merged(
         elif base[name].shape != x.shape:
             raise _misfit(adapter, name, f"is {tuple(x.shape)}; it must be {tuple(base[name].shape)}")
         else:
-            replaced[name] = partial(x.to, base[name].device, _wide(base[name]))
+            replaced[name] = partial(x.to, base[name].device, wide(base[name]))
     for name in also:
         if name not in replaced:
             raise _misfit(adapter, name, "its settings say that it was trained, and it is not there")
@@ -124,10 +125,10 @@ def merged(
     @torch.no_grad()
     def make(module: str) -> Tensor:
         weight = base[f"{module}.weight"]
-        wide = _wide(weight)
-        found = {part: x.to(weight.device, wide) for part, x in beside[module].items()}
+        kind = wide(weight)
+        found = {part: x.to(weight.device, kind) for part, x in beside[module].items()}
         try:
-            return METHODS[config.kind].merged(weight.to(wide), found, config)
+            return METHODS[config.kind].merged(weight.to(kind), found, config)
         except ValueError as error:
             raise _misfit(adapter, module, str(error)) from None
 
@@ -138,10 +139,10 @@ def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
     """The base and what is taken of each change to it; one that is taken whole and alone, to the bit."""
     if len(shares) == 1 and shares[0][0] == 1:
         return shares[0][1]()
-    wide = base.to(_wide(base))
-    total = wide.clone()
+    start = base.to(wide(base))
+    total = start.clone()
     for factor, make in shares:
-        total += factor * (make() - wide)
+        total += factor * (make() - start)
     return total
 
 
@@ -157,17 +158,13 @@ def _read(base: Path, digest: str, part: Part) -> tuple[dict[str, Tensor], Adapt
     return tensors, record.adapter, record.run
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _misfit(adapter: Path, name: str, reason: str) -> InputError:
     return InputError(f"{adapter}: {name}", f"does not fit the base: {reason}", "train the adapter anew")
 
 
 def _factors(text: str, tensors: Mapping[str, Tensor]) -> dict[int, float]:
     """How much of each block is taken; those that are not here, nothing."""
-    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    count = layer_count(tensors)
     factors: dict[int, float] = {}
     for item in text.split():
         found = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.+)", item)
@@ -178,4 +175,5 @@ def _factors(text: str, tensors: Mapping[str, Tensor]) -> dict[int, float]:
 
 def _factor(factors: Mapping[int, float], name: str) -> float:
     """For a tensor of that name; what is outside of any block is taken whole."""
-    return factors.get(int(name.split(".")[1]), 0.0) if name.startswith("blocks.") else 1.0
+    number = layer(name)
+    return 1.0 if number is None else factors.get(number, 0.0)

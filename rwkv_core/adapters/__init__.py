@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_core.adapters.bat import BatLinear
 from rwkv_core.adapters.bone import BoneLinear
-from rwkv_core.adapters.linear import AdaptedLinear
+from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
 from rwkv_core.errors import InputError
@@ -51,7 +51,7 @@ def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
         model.set_submodule(name, module)
     for name in also:
         p = parameters[name]
-        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))  # small steps would be lost in bfloat16
+        p.data = p.data.to(wide(p))  # small steps would be lost in bfloat16
         p.requires_grad_(True)
     return adapted
 
@@ -70,9 +70,8 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
     Raises:
         InputError: as `attach`.
     """
-    numbers = {int(name.split(".")[1]) for name in tensors if _in_block(name)}
-    layers = layer_numbers(config.layers, 1 + max(numbers), "adapter.layers")
-    there = [name for name in tensors if not _in_block(name) or int(name.split(".")[1]) in layers]
+    layers = layer_numbers(config.layers, layer_count(tensors), "adapter.layers")
+    there = [name for name in tensors if not _in_block(name) or layer(name) in layers]
     adapted: list[str] = []
     if config.kind != "full":
         ending = ".weight"
@@ -104,16 +103,31 @@ def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> li
     Raises:
         InputError: a pattern matches none.
     """
-    inner = {name: name.split(".", 2)[2] if _in_block(name) else name for name in names}
+    short = {name: inner(name) for name in names}
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(short, pattern) for short in inner.values()):
+        if not any(fnmatch.fnmatchcase(known, pattern) for known in short.values()):
             what = "a matrix" if setting == "targets" else "a parameter"
             raise InputError(
                 f"adapter.{setting} has {pattern!r}",
                 f"each must match {what} of adapter.layers",
-                f"there are {', '.join(sorted(set(inner.values())))}",
+                f"there are {', '.join(sorted(set(short.values())))}",
             )
-    return [name for name, short in inner.items() if any(fnmatch.fnmatchcase(short, p) for p in patterns)]
+    return [name for name, known in short.items() if any(fnmatch.fnmatchcase(known, p) for p in patterns)]
+
+
+def inner(name: str) -> str:
+    """A tensor's name inside its block; whole, outside of any."""
+    return name.split(".", 2)[2] if _in_block(name) else name
+
+
+def layer(name: str) -> int | None:
+    """The number of a tensor's block; None outside of any."""
+    return int(name.split(".")[1]) if _in_block(name) else None
+
+
+def layer_count(names: Iterable[str]) -> int:
+    """How many blocks there are."""
+    return 1 + max(number for name in names if (number := layer(name)) is not None)
 
 
 def _in_block(name: str) -> bool:

@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Linear, ABC):
 
     def part(self, x: Tensor) -> nn.Parameter:
         """A trained tensor of these initial values: in full precision, even beside a base in bfloat16."""
-        return nn.Parameter(x.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)))
+        return nn.Parameter(x.to(self.weight.device, wide(self.weight)))
 
     @staticmethod
     @abstractmethod
@@ -51,6 +51,11 @@ class AdaptedLinear(nn.Linear, ABC):
         Raises:
             ValueError: the parts are not of the shapes that config and weight ask for.
         """
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What sums over x are made in, and what is trained of it held in: float32, or more where x has more."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.adapters.linear import AdaptedLinear, fitting
+from rwkv_core.adapters.linear import AdaptedLinear, fitting, wide
 from rwkv_core.adapters.lora import beside
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class PissaLinear(AdaptedLinear):
     def __init__(self, base: nn.Linear, config: "PissaConfig", generator: torch.Generator) -> None:
         """See `AdaptedLinear`."""
         super().__init__(base, config, generator)
-        weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = self.weight.detach().to(wide(self.weight))
         if config.rank > min(weight.shape):
             raise ValueError(f"the rank must be at most {min(weight.shape)}, that of the matrix")
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
