@@ -87,6 +87,10 @@ def merge(
     pissa_init: Annotated[
         Path | None, typer.Option(help="RWKV-PEFT's init_pissa.pth, for a PiSSA that it has trained.")
     ] = None,
+    quantize: Annotated[
+        Literal["none", "int8", "int8-double", "nf4", "nf4-double", "fp4", "fp4-double", "fp8"] | None,
+        typer.Option(help="Round the base first, as it was in training. Our files say how; none: take it exactly."),
+    ] = None,
 ) -> None:
     """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says."""
     from rwkv_core.errors import InputError
@@ -100,7 +104,9 @@ def merge(
     for given in adapters:
         weight, star, path = given.partition("*")
         try:
-            parts.append(Part(Path(path if star else given), float(weight) if star else 1.0, alpha, pissa_init))
+            parts.append(
+                Part(Path(path if star else given), float(weight) if star else 1.0, alpha, pissa_init, quantize)
+            )
         except ValueError:
             raise InputError(given, "what stands before * must be a number", "write 0.5*file.pth") from None
     receipt = merge_files(base, parts, out, layers=layers)

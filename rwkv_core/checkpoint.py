@@ -105,6 +105,11 @@ def convert(tensors: dict[str, Tensor], dtype: torch.dtype | None, device: str =
             _let_go(x, mapped)
 
 
+def let_go(x: Tensor) -> None:
+    """Give back what a mapped file had to bring into memory for `x`. If it is read again, that comes from the file again."""
+    _let_go(x, _mapped_files())
+
+
 def _mapped_files() -> list[tuple[int, int]]:
     """Where in memory files are mapped, where Linux says it; else nowhere."""
     maps = Path("/proc/self/maps")

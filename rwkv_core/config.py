@@ -50,9 +50,12 @@ class ModelConfig(Config):
     op: Literal["auto", "cpu", "cuda", "triton", "fla", "torch", "reference"]
     """Implementation of the operators, see `kernels.choice`. auto: of each the fastest that works here."""
 
+    quantize: Literal["none", "int8", "int8-double", "nf4", "nf4-double", "fp4", "fp4-double", "fp8"]
+    """How the frozen matrices of the blocks are kept in training, to save memory. double: their scales in 8 bits too."""
+
     def how(self) -> dict[str, Any]:
-        """What `models.load` is told beside the path and the precision."""
-        return self.model_dump(include={"head_size_divisor", "op"})
+        """What `models.load` is told beside the path and the precision, to train."""
+        return self.model_dump(include={"head_size_divisor", "op", "quantize"})
 
 
 Patterns = tuple[Annotated[str, Field(min_length=1)], ...]

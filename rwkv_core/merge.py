@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint, foreign
-from rwkv_core.adapters import METHODS, file, layer, layer_count, layer_numbers, select
+from rwkv_core.adapters import METHODS, file, is_matrix, layer, layer_count, layer_numbers, select
 from rwkv_core.adapters.linear import wide
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
+from rwkv_core.quantize import Form, rounded
 
 Make = Callable[[], Tensor]
 
@@ -28,6 +29,8 @@ class Part(NamedTuple):
     """Of another program's LoRA; see `foreign.read`."""
     init: Path | None = None
     """RWKV-PEFT's init_pissa.pth of another program's PiSSA."""
+    quantize: Form | None = None
+    """How the base's matrices are rounded before the adapter is added. None: as they were in training, if the file says it."""
 
 
 @torch.no_grad()
@@ -60,9 +63,10 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     shares: dict[str, list[tuple[float, Make]]] = {}
     matrices: set[str] = set()
     entries = []
+    alone = len(adapters) == 1 and adapters[0].weight == 1 and layers == "all"
     for part in adapters:
-        parts, config, run = _read(base, digest, part)
-        adapted, replaced = merged(tensors, parts, config, part.path)
+        parts, config, quantize, run = _read(base, digest, part, alone)
+        adapted, replaced = merged(tensors, parts, config, part.path, quantize)
         for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
             factor = part.weight * (factor if name in adapted or not factor else 1.0)
@@ -73,6 +77,7 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
             {
                 "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": run,
                 "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
+                "quantize": quantize,
             }
         )  # fmt: skip
     changed = {name: _sum(tensors[name], of).to(tensors[name].dtype) for name, of in shares.items()}
@@ -89,9 +94,13 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
 
 
 def merged(
-    base: Mapping[str, Tensor], parts: Mapping[str, Tensor], config: AdapterConfig, adapter: Path
+    base: Mapping[str, Tensor],
+    parts: Mapping[str, Tensor],
+    config: AdapterConfig,
+    adapter: Path,
+    quantize: Form = "none",
 ) -> tuple[dict[str, Make], dict[str, Make]]:
-    """The tensors of a base that an adapter changes: matrices that it adapts, and those that were trained as they are.
+    """The tensors of a base that an adapter changes: matrices, and those that were trained as they are.
 
     What makes them is given, and not they: all of them in float32 (or the base's precision, where that is higher) are more than
     a model.
@@ -101,6 +110,8 @@ def merged(
         parts: the adapter's.
         config: its method.
         adapter: its file, for messages.
+        quantize: how the frozen matrices were packed in training. Their rounding is part of what the adapter has learned to
+            work beside, so it is part of the result.
 
     Raises:
         InputError: a part does not fit; or, when a matrix is made, those beside it don't.
@@ -124,15 +135,26 @@ def merged(
 
     @torch.no_grad()
     def make(module: str) -> Tensor:
+        method = METHODS[config.kind]
         weight = base[f"{module}.weight"]
         kind = wide(weight)
         found = {part: x.to(weight.device, kind) for part, x in beside[module].items()}
         try:
-            return METHODS[config.kind].merged(weight.to(kind), found, config)
+            frozen = method.frozen(weight.to(kind), found, config)
+            if quantize != "none":
+                frozen = rounded(frozen, quantize).to(kind)
+            return method.merged(frozen, found, config)
         except ValueError as error:
             raise _misfit(adapter, module, str(error)) from None
 
-    return {f"{module}.weight": partial(make, module) for module in beside}, replaced
+    changed: dict[str, Make] = {f"{module}.weight": partial(make, module) for module in beside}
+    if quantize != "none":  # what it does not adapt was packed as well
+        changed |= {
+            name: partial(rounded, x, quantize)
+            for name, x in base.items()
+            if is_matrix(name, x) and name not in changed
+        }
+    return changed, replaced
 
 
 def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
@@ -146,16 +168,27 @@ def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
     return total
 
 
-def _read(base: Path, digest: str, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str | None]:
-    """An adapter's tensors, method and run; of another program's the run is None, and its base can't be checked."""
+def _read(
+    base: Path, digest: str, part: Part, alone: bool
+) -> tuple[dict[str, Tensor], AdapterConfig, Form, str | None]:
+    """An adapter's tensors, method, how the base is rounded, and run: None, if another program's, whose base can't be checked.
+
+    Only one that is taken whole, and alone, has what it was trained beside: any sum is made with the exact base.
+    """
+    if part.quantize not in (None, "none") and not alone:
+        raise InputError(
+            f"--quantize {part.quantize}",
+            "a base is rounded for one whole adapter",
+            "leave it out, or merge each alone",
+        )
     if part.path.is_dir() or file.read_record(part.path) is None:
-        return *foreign.read(part.path, part.alpha, part.init), None
+        return *foreign.read(part.path, part.alpha, part.init), part.quantize or "none", None
     if part.alpha is not None or part.init is not None:
         raise InputError(
             str(part.path), "its alpha and all else are in its record", "leave --alpha and --pissa-init out"
         )
     tensors, record = file.read_for(base, digest, part.path, "merge it into that one")
-    return tensors, record.adapter, record.run
+    return tensors, record.adapter, part.quantize or (record.quantize if alone else "none"), record.run
 
 
 def _misfit(adapter: Path, name: str, reason: str) -> InputError:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rwkv_core import models
+from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.data.binidx import Documents
@@ -47,7 +47,9 @@ def train() -> None:
             f"{params.model.base} has a vocabulary of {model.config.vocab_size}",
             "set the tokenizer of this model",
         )
-    adapted = attach(model, params.adapter, params.seed)
+    originals = checkpoint.read(params.model.base) if params.model.quantize != "none" else None
+    adapted = attach(model, params.adapter, params.seed, originals)
+    del originals
     trained = [p for p in model.parameters() if p.requires_grad]
     print(
         f"training {sum(p.numel() for p in trained)} parameters beside {len(adapted)} matrices of "
@@ -72,6 +74,7 @@ def train() -> None:
             AdapterRecord(
                 format=1,
                 adapter=params.adapter,
+                quantize=params.model.quantize,
                 base_sha256=base_sha256,
                 data_sha256=manifest["source"]["sha256"],
                 vocabulary_sha256=manifest["vocabulary"]["sha256"],

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
 from rwkv_core.errors import InputError
+from rwkv_core.quantize import Packed, hold
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
     from rwkv_core.config import AdapterConfig
@@ -24,28 +25,37 @@ METHODS: dict[str, type[AdaptedLinear]] = {
 """What stands in a matrix's place, by kind. "full" has none: it trains the model's own parameters."""
 
 
-def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
+def attach(
+    model: nn.Module, config: "AdapterConfig", seed: int, originals: Mapping[str, Tensor] | None = None
+) -> list[str]:
     """Freeze `model` but for what the method trains, in place. It computes what it did, but for PiSSA's rounding.
 
     Args:
-        model: with its blocks under `blocks.<i>.`.
+        model: with its blocks under `blocks.<i>.`; their matrices may be packed.
         config: the method, and on which parts.
         seed: of the adapter's initial values.
+        originals: the tensors of the checkpoint. A method that takes something out of a packed matrix takes it out of the
+            original, if that is given, and packs what is left.
 
     Returns:
         Names of the adapted modules, in the model's order.
 
     Raises:
         InputError: a pattern matches nothing, so something would silently not be trained; one asks for a matrix that is
-            adapted; the model has no such layer; or the rank does not fit a matrix.
+            adapted, or packed; the model has no such layer; or the rank does not fit a matrix.
     """
     model.requires_grad_(False)
-    parameters = dict(model.named_parameters())
+    parameters = dict(_parameters(model))
     adapted, also = select(config, parameters)
+    packed = [name for name in also if parameters[name].is_meta]
+    if packed:
+        raise InputError(
+            f"adapter.also has {packed[0]}", "model.quantize packs that matrix", "adapt it, or set model.quantize: none"
+        )
     generator = torch.Generator().manual_seed(seed)
     for name in adapted:
         try:
-            module = METHODS[config.kind](model.get_submodule(name), config, generator)  # type: ignore[arg-type]
+            module = _adapted(model.get_submodule(name), config, generator, (originals or {}).get(f"{name}.weight"))
         except ValueError as error:
             raise InputError(f"adapter.rank beside {name}", str(error), "set one that does") from None
         model.set_submodule(name, module)
@@ -54,6 +64,31 @@ def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
         p.data = p.data.to(wide(p))  # small steps would be lost in bfloat16
         p.requires_grad_(True)
     return adapted
+
+
+def _adapted(
+    base: nn.Module, config: "AdapterConfig", generator: torch.Generator, original: Tensor | None
+) -> AdaptedLinear:
+    method, packed = METHODS[config.kind], base.weight
+    takes_out = method.frozen is not AdaptedLinear.frozen
+    if not (takes_out and isinstance(packed, Packed)):
+        return method(base, config, generator)  # type: ignore[arg-type]
+    whole = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
+    weight = packed.unpacked() if original is None else original.to(packed.device, torch.float32)
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    module = method(whole, config, generator)
+    hold(module, Packed(module.weight, packed.form))
+    return module
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's, by their names in a checkpoint; of a packed one no more than its shape is there."""
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Packed):
+            yield name.rpartition(".")[0], torch.empty(module.shape, device="meta")
+        else:
+            yield name, p
 
 
 def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -74,10 +109,7 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
     there = [name for name in tensors if not _in_block(name) or layer(name) in layers]
     adapted: list[str] = []
     if config.kind != "full":
-        ending = ".weight"
-        matrices = [
-            x.removesuffix(ending) for x in there if _in_block(x) and x.endswith(ending) and tensors[x].ndim == 2
-        ]
+        matrices = [name.removesuffix(".weight") for name in there if is_matrix(name, tensors[name])]
         adapted = _matching("targets", config.targets, matrices)
     also = _matching("also", config.also, there)
     twice = sorted({f"{name}.weight" for name in adapted} & set(also))
@@ -113,6 +145,11 @@ def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> li
                 f"there are {', '.join(sorted(set(short.values())))}",
             )
     return [name for name, known in short.items() if any(fnmatch.fnmatchcase(known, p) for p in patterns)]
+
+
+def is_matrix(name: str, x: Tensor) -> bool:
+    """Whether a model's tensor is a matrix of a linear layer in a block: what can be adapted, and packed."""
+    return _in_block(name) and name.endswith(".weight") and x.ndim == 2
 
 
 def inner(name: str) -> str:

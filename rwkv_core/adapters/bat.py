@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_core.adapters.bone import fold, unfold
 from rwkv_core.adapters.linear import AdaptedLinear, apply, fitting, rows
+from rwkv_core.quantize import Packed, product, product_back
 
 if TYPE_CHECKING:
     from rwkv_core.config import BatConfig
@@ -58,19 +58,20 @@ class _Adapted(torch.autograd.Function):
     """y = (x + z) W' + repeated(fold(z)) in the dtype of x, z[b] = x[b] D[b]', with W frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Packed, d: Tensor) -> Tensor:
         z = _through(rows(x), d.to(x.dtype).mT)
         sums = fold(z, d.shape[-1])
-        y = F.linear(z.add_(rows(x)), weight.to(x.dtype))
+        y = product(z.add_(rows(x)), weight)
         unfold(sums, y)
-        ctx.save_for_backward(x, weight, d)
+        ctx.save_for_backward(x, d)
+        ctx.weight = weight
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, d = ctx.saved_tensors
+        x, d = ctx.saved_tensors
         dy = rows(grads[0])
-        dx = dy @ weight.to(dy.dtype)  # of x + z
+        dx = product_back(dy, ctx.weight)  # of x + z
         dz = dx.clone()
         unfold(fold(dy, d.shape[-1]), dz)
         dd = torch.bmm(_blocks(dz, d).mT, _blocks(rows(x), d)).to(d.dtype)

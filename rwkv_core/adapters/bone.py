@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_core.adapters.linear import AdaptedLinear, apply, fitting, rows
+from rwkv_core.quantize import Packed, product, product_back
 
 if TYPE_CHECKING:
     from rwkv_core.config import BoneConfig
@@ -48,21 +48,21 @@ class _Adapted(torch.autograd.Function):
     """y = x W' + fold(x) D in the dtype of x, with W frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Packed, d: Tensor) -> Tensor:
         sums = fold(rows(x), len(d))
-        y = F.linear(x, weight.to(x.dtype))
+        y = product(x, weight)
         rows(y).addmm_(sums, d.to(x.dtype))
-        ctx.save_for_backward(sums, weight, d)
-        ctx.shape = x.shape
+        ctx.save_for_backward(sums, d)
+        ctx.weight, ctx.shape = weight, x.shape
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        sums, weight, d = ctx.saved_tensors
+        sums, d = ctx.saved_tensors
         dy = rows(grads[0])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dy.dtype)
+            dx = product_back(dy, ctx.weight)
             unfold(dy @ d.to(dy.dtype).mT, dx)
         dd = (sums.mT @ dy).to(d.dtype)
         return None if dx is None else dx.view(ctx.shape), None, dd

@@ -17,6 +17,7 @@ from rwkv_core import checkpoint
 from rwkv_core.config import AdapterConfig, Config
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
+from rwkv_core.quantize import Form
 
 _ENTRY = "archive/rwkv-flow.json"
 
@@ -29,6 +30,9 @@ class AdapterRecord(Config):
 
     adapter: AdapterConfig
     """Method and settings."""
+
+    quantize: Form = "none"
+    """How the frozen matrices were packed in training. Early files do not say it, for none were."""
 
     base_sha256: str
     """The checkpoint that it was trained on, and is merged into."""

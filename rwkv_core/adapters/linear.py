@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rwkv_core.quantize import Packed, hold
+
 
 class AdaptedLinear(nn.Linear, ABC):
     """A frozen matrix, and what is trained beside it. `weight` keeps its name, so the checkpoint's names still hold.
@@ -24,7 +26,7 @@ class AdaptedLinear(nn.Linear, ABC):
         """Take the matrix's place, without having an effect yet.
 
         Args:
-            base: (out, in), without bias.
+            base: (out, in), without bias; its weight may be packed.
             config: of the method.
             generator: of initial values; on the CPU.
 
@@ -32,11 +34,19 @@ class AdaptedLinear(nn.Linear, ABC):
             ValueError: the rank does not fit the matrix; the text is the rule.
         """
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight = base.weight.requires_grad_(False)
+        hold(self, base.weight)
 
     def part(self, x: Tensor) -> nn.Parameter:
         """A trained tensor of these initial values: in full precision, even beside a base in bfloat16."""
         return nn.Parameter(x.to(self.weight.device, wide(self.weight)))
+
+    @staticmethod
+    def frozen(weight: Tensor, parts: Mapping[str, Tensor], config: Any) -> Tensor:
+        """What stays of the matrix beside the parts: all of it, but for methods that take something out.
+
+        Arguments and errors are those of `merged`.
+        """
+        return weight
 
     @staticmethod
     @abstractmethod
@@ -44,7 +54,7 @@ class AdaptedLinear(nn.Linear, ABC):
         """The matrix that computes what both do.
 
         Args:
-            weight: (out, in) float32.
+            weight: (out, in) float32, what `frozen` gave; as it is once packed, if it was in training.
             parts: what was trained beside it, float32, by name.
             config: of the method.
 
@@ -53,7 +63,7 @@ class AdaptedLinear(nn.Linear, ABC):
         """
 
 
-def wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor | Packed) -> torch.dtype:
     """What sums over x are made in, and what is trained of it held in: float32, or more where x has more."""
     return torch.promote_types(x.dtype, torch.float32)
 

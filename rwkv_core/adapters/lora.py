@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_core.adapters.linear import AdaptedLinear, apply, autocast, fitting, rows
+from rwkv_core.quantize import Packed, product, product_back
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
     from rwkv_core.config import LoraConfig
@@ -51,7 +52,7 @@ class LoraLinear(AdaptedLinear):
         return torch.addmm(weight, b, a, alpha=scale(config))
 
 
-def beside(x: Tensor, read: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def beside(x: Tensor, read: Tensor | None, weight: Tensor | Packed, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """W x + scale B A read, where `read` is x if it is None; (..., in) -> (..., out)."""
     return apply(_Adapted, x, read, weight, a, b, scale)
 
@@ -68,22 +69,24 @@ class _Adapted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, read: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, read: Tensor | None, weight: Tensor | Packed, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         kept = x if read is None else read
         low = F.linear(rows(kept), a.to(x.dtype))
-        y = F.linear(x, weight.to(x.dtype))
+        y = product(x, weight)
         rows(y).addmm_(low, b.to(x.dtype).mT, alpha=scale)
-        ctx.save_for_backward(kept, low, weight, a, b)
-        ctx.scale, ctx.is_x = scale, read is None
+        ctx.save_for_backward(kept, low, a, b)
+        ctx.weight, ctx.scale, ctx.is_x = weight, scale, read is None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        kept, low, weight, a, b = ctx.saved_tensors
+        kept, low, a, b = ctx.saved_tensors
         wants_x, wants_read = ctx.needs_input_grad[:2]
         dy, shape, scale = rows(grads[0]), kept.shape, ctx.scale
         dlow = dy @ b.to(dy.dtype)
-        dx = dy @ weight.to(dy.dtype) if wants_x else None
+        dx = product_back(dy, ctx.weight) if wants_x else None
         dread = _product(dlow, a.to(dy.dtype), scale) if wants_read else None
         if dx is not None and ctx.is_x:
             dx.addmm_(dlow, a.to(dy.dtype), alpha=scale)

@@ -46,9 +46,20 @@ class PissaLinear(AdaptedLinear):
         return beside(x, None, self.weight, self.lora_A, self.lora_B, 1.0)
 
     @staticmethod
+    def frozen(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> Tensor:
+        """See `AdaptedLinear.frozen`."""
+        _, _, a0, b0 = _fitting(weight, parts, config)
+        return torch.addmm(weight, b0, a0, alpha=-1)
+
+    @staticmethod
     def merged(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> Tensor:
         """See `AdaptedLinear.merged`."""
-        (out, into), rank = weight.shape, config.rank
-        shapes = {"lora_A": (rank, into), "lora_B": (out, rank)}
-        a, b, a0, b0 = fitting(parts, shapes | {f"init_{name}": shape for name, shape in shapes.items()})
-        return torch.addmm(torch.addmm(weight, b0, a0, alpha=-1), b, a)
+        a, b, _, _ = _fitting(weight, parts, config)
+        return torch.addmm(weight, b, a)
+
+
+def _fitting(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> list[Tensor]:
+    """A, B, A0, B0."""
+    (out, into), rank = weight.shape, config.rank
+    shapes = {"lora_A": (rank, into), "lora_B": (out, rank)}
+    return fitting(parts, shapes | {f"init_{name}": shape for name, shape in shapes.items()})

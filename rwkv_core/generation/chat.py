@@ -163,6 +163,6 @@ def _put_in(model: nn.Module, base: Path, adapter: Path) -> None:
     """Merge the adapter into the loaded model: tokens then cost no more than the base's."""
     parts, record = file.read_for(base, sha256(base), adapter, "give that one")
     tensors = model.state_dict()
-    adapted, replaced = merged(tensors, parts, record.adapter, adapter)
+    adapted, replaced = merged(tensors, parts, record.adapter, adapter, record.quantize)
     for name, make in (adapted | replaced).items():
         tensors[name].copy_(make())

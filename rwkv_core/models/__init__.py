@@ -14,7 +14,8 @@ from rwkv_core.models.rwkv4 import RWKV4
 from rwkv_core.models.rwkv5 import RWKV5
 from rwkv_core.models.rwkv6 import RWKV6
 from rwkv_core.models.rwkv7 import RWKV7
-from rwkv_core.models.skeleton import RWKV
+from rwkv_core.models.skeleton import RWKV, Linear
+from rwkv_core.quantize import Form, Packed, QuantizedLinear
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a model can compute in."""
@@ -80,6 +81,7 @@ def load(
     device: str = "cpu",
     op: Op = "auto",
     head_size_divisor: float | None = None,
+    quantize: Form = "none",
 ) -> RWKV:
     """The model in a checkpoint; version, sizes and ranks are read from it.
 
@@ -89,6 +91,8 @@ def load(
         device: where to put them.
         op: implementation of the operators, see `kernels.choice`.
         head_size_divisor: of RWKV-5, 6 and 7, see `divisor`.
+        quantize: how to pack the matrices of the blocks, which can't be trained then, only adapted. Each is packed as it is
+            read, on `device`, so that the model is never whole in memory; what is not packed is as without.
 
     Raises:
         InputError: the file can't be read, is another model, or has tensors missing, left over, of a wrong shape or of a
@@ -118,9 +122,28 @@ def load(
         raise InputError(
             f"{path}: {listed}", f"must be the tensors of an RWKV-{shape.version}", "give a whole checkpoint"
         )
+    names = list(tensors)
+    packed = {} if quantize == "none" else _pack(model, tensors, quantize, device)
     dtypes = {x.dtype for x in tensors.values()}
     if dtype is None and len(dtypes) > 1:
         listed = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         raise InputError(f"{path} has {listed}", "a model computes in one dtype", "say which: load with a dtype")
     checkpoint.convert(tensors, dtype, device)
-    return model.adopt(tensors)
+    return model.adopt({n: x for name in names for n, x in (packed.get(name) or {name: tensors[name]}).items()})
+
+
+def _pack(model: RWKV, tensors: dict[str, Tensor], form: Form, device: str) -> dict[str, dict[str, Tensor]]:
+    """Move the matrices of the blocks from `tensors` into the model, packed.
+
+    Returns:
+        What each consists of now, by its name and those parts' names in the model's state_dict.
+    """
+    made: dict[str, dict[str, Tensor]] = {}
+    for module in [name for name, m in model.named_modules() if isinstance(m, Linear) and name != "head"]:
+        name = f"{module}.weight"
+        x = tensors.pop(name)
+        packed = Packed(x, form, device)
+        checkpoint.let_go(x)
+        model.set_submodule(module, QuantizedLinear(packed))
+        made[name] = {f"{name}.{part}": y for part, y in packed.state_dict().items()}
+    return made

@@ -10,13 +10,15 @@ from methods import EXAMPLES, OTHERS, SOME
 from random_models import VERSIONS
 
 from rwkv_core import checkpoint, models
-from rwkv_core.adapters import METHODS, attach, file, trained_state
+from rwkv_core.adapters import METHODS, attach, file, is_matrix, trained_state
 from rwkv_core.adapters.file import AdapterRecord
-from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, PissaConfig
+from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, FullConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
+from rwkv_core.quantize import Form, Packed
 
+FORMS = [form for form in typing.get_args(Form) if form != "none"]
 MATRICES = [config for config in EXAMPLES if config.kind != "full"]
 
 every_method = pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.kind)
@@ -127,6 +129,7 @@ def test_merging_keeps_the_function(config, base, tokens, tmp_path):
             {
                 "path": str(tmp_path / "adapter.pth"), "sha256": sha256(tmp_path / "adapter.pth"), "kind": config.kind,
                 "run": "r", "base_checked": True, "weight": 1.0, "settings": config.model_dump(mode="json"),
+                "quantize": "none",
             }
         ],
         "layers": "all",
@@ -154,6 +157,59 @@ def test_every_version_takes_it(version, config, random_model, tokens, tmp_path)
     file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
     merge(base, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
     torch.testing.assert_close(logits(models.load(tmp_path / "merged.pth"), tokens), want, rtol=1e-4, atol=1e-4)
+
+
+@every_adapter
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_method_works_beside_packed_matrices(version, form, config, random_model, tokens, tmp_path):
+    """Attached it changes nothing, it learns, and merged into the base as it was rounded it computes the same."""
+    base = tmp_path / "base.pth"
+    checkpoint.write(base, random_model(version=version).state_dict())
+    model = models.load(base, quantize=form)
+    before, originals = logits(model, tokens), checkpoint.read(base)
+    adapted = attach(model, config, seed=0, originals=originals)
+    frozen = {name: x.clone() for name, x in model.state_dict().items() if ".weight." in name}
+    if config.kind != "pissa":  # which rounds what is left of a matrix, and so to another result
+        assert torch.equal(logits(model, tokens), before)
+    for name in adapted if config.kind == "pissa" else ():
+        layer = model.get_submodule(name)
+        left = originals[f"{name}.weight"] - layer.init_lora_B @ layer.init_lora_A
+        assert error(layer.weight.unpacked(), left) <= 1.001 * error(Packed(left, form).unpacked(), left)
+    train(model, tokens)
+    want = logits(model, tokens)
+    assert (want - before).abs().max() > 0.1
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in frozen.items())
+    file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config, quantize=form))
+    receipt = merge(base, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
+    assert receipt["adapters"][0]["quantize"] == form
+    merged = checkpoint.read(tmp_path / "merged.pth")
+    torch.testing.assert_close(logits(models.load(tmp_path / "merged.pth"), tokens), want, rtol=1e-4, atol=1e-4)
+    merge(base, [Part(tmp_path / "adapter.pth", quantize="none")], tmp_path / "exact.pth")
+    exact = checkpoint.read(tmp_path / "exact.pth")
+    for name, x in originals.items():
+        if name.removesuffix(".weight") not in adapted:
+            assert torch.equal(exact[name], x)
+            assert torch.equal(merged[name], Packed(x, form).unpacked() if is_matrix(name, x) else x)
+        elif config.kind != "bat":  # whose change is a function of the matrix
+            rounding = error(merged[name], exact[name]) * exact[name].norm() / x.norm()
+            assert 0 < rounding <= 1.2 * error(Packed(x, form).unpacked(), x)
+
+
+def error(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("also", [("att.value.weight",), ("*",)])
+def test_what_is_packed_is_not_trained_itself(also, base):
+    model = models.load(base, quantize="nf4")
+    config = FullConfig(kind="full", layers="all", also=also)
+    with pytest.raises(
+        InputError, match=r"adapter.also has blocks.0.att.*: model.quantize packs that matrix; adapt it"
+    ):
+        attach(model, config, seed=0)
+    attach(model, FullConfig(kind="full", layers="all", also=("ln*", "emb.weight")), seed=0)
+    assert {name for name in trained_state(model) if "ln" not in name} == {"emb.weight"}
 
 
 @every_adapter

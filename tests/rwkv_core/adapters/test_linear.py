@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 from rwkv_core.adapters import METHODS
 from rwkv_core.config import BatConfig, BoneConfig, LoraConfig, PissaConfig
+from rwkv_core.quantize import Packed, hold
 
 SOME = {"targets": ("x",), "layers": "all", "also": ()}
 EXAMPLES = [
@@ -48,9 +49,19 @@ def parts(layer):
 def test_is_its_merged_matrix(config, into, out):
     layer, weight = make(config, into, out)
     x = torch.randn(2, 5, into, dtype=torch.float64)
-    merged = layer.merged(weight, parts(layer), config)
+    merged = layer.merged(layer.frozen(weight, parts(layer), config), parts(layer), config)
     torch.testing.assert_close(layer(x), x @ merged.mT)
     assert layer(x).shape == (2, 5, out)
+
+
+@every_example
+def test_beside_a_packed_matrix_it_is_beside_the_unpacked_one(config, into, out):
+    layer, _ = make(config, into, out)
+    weight = Packed(layer.weight, "nf4")
+    hold(layer, weight)
+    x = torch.randn(2, 3, into, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(x), x @ layer.merged(weight.unpacked(x.dtype), parts(layer), config).mT)
+    assert gradcheck(lambda x, *_: layer(x), (x, *(getattr(layer, name) for name in layer.PARTS)))
 
 
 @every_example
@@ -71,7 +82,7 @@ def test_float32_and_bfloat16_are_close_to_float64(config, into, out):
     dy = torch.randn(64, out, dtype=torch.float64)
     want = layer(x)
     want_grads = torch.autograd.grad(want, [getattr(layer, name) for name in layer.PARTS], dy)
-    merged = layer.merged(weight, parts(layer), config)
+    merged = layer.merged(layer.frozen(weight, parts(layer), config), parts(layer), config)
     for dtype in (torch.float32, torch.bfloat16):
         low = make(config, into, out, dtype)[0]
         with torch.no_grad():
