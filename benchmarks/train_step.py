@@ -32,10 +32,11 @@ PAIRS = ("w", "a", "g", "v")
 TARGETS = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
 
 
-def lora(rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = None) -> Any:
+def lora(rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = None, dora: bool = False) -> Any:
     """As a LoraConfig, without pydantic."""
     return SimpleNamespace(
-        kind="lora", rank=rank, alpha=alpha or rank, rank_stabilized=False, dropout=0.0, targets=targets, layers="all", also=()
+        kind="lora", rank=rank, alpha=alpha or rank, rank_stabilized=False, dropout=0.0, dora=dora,
+        targets=targets, layers="all", also=(),
     )  # fmt: skip
 
 

@@ -95,6 +95,9 @@ class LoraConfig(_Beside):
     dropout: float = Field(ge=0, lt=1)
     """Probability of zeroing each input of the update during training."""
 
+    dora: bool
+    """Learn how long each row of the matrix is beside where it points (DoRA): dearer; at low ranks nearer to full training."""
+
 
 class PissaConfig(_Beside):
     """PiSSA: LoRA that begins as the principal part of each matrix, which is taken out of it."""

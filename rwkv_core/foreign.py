@@ -21,7 +21,7 @@ from rwkv_core.formats import container
 _NAMES = {"bone": "disha", "miss_block": "disha"}
 """What Bone's matrix was called before RWKV-PEFT called it disha, and is in Hugging Face's peft."""
 
-_PARTS = ("lora_A", "lora_B", "init_lora_A", "init_lora_B", "disha")
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "init_lora_A", "init_lora_B", "disha")
 
 
 def read(path: Path, alpha: float | None = None, init: Path | None = None) -> tuple[dict[str, Tensor], AdapterConfig]:
@@ -65,7 +65,9 @@ def _config(
 ) -> AdapterConfig:
     """The method of these parts, and what it works on."""
     ends = {name.rpartition(".")[2] for name in parts}
-    ranks = {x.shape[0] if name.endswith("_A") else x.shape[1] for name, x in parts.items() if "lora" in name}
+    ranks = {
+        x.shape[0] if name.endswith("_A") else x.shape[1] for name, x in parts.items() if name.endswith(("_A", "_B"))
+    }
     ranks |= {x.shape[-1] if x.ndim == 3 else x.shape[0] for name, x in parts.items() if name.endswith(".disha")}
     axes = {x.ndim for name, x in parts.items() if name.endswith(".disha")}
     if len(ranks) != 1 or len(axes) > 1 or ("disha" in ends and len(ends) > 1):
@@ -93,7 +95,12 @@ def _config(
                 "say --alpha, as it was trained (RWKV-PEFT: 32, if not set)",
             )
         return LoraConfig(
-            kind="lora", alpha=alpha, rank_stabilized=bool(about.get("use_rslora")), dropout=0.0, **beside
+            kind="lora",
+            alpha=alpha,
+            rank_stabilized=bool(about.get("use_rslora")),
+            dropout=0.0,
+            dora="lora_magnitude_vector" in ends,
+            **beside,
         )
     if alpha is not None:
         raise InputError(f"--alpha {alpha:g}", f"{path} is no LoRA: it has none", "leave it out")
@@ -117,7 +124,6 @@ def _refuse_others(path: Path, about: Mapping[str, Any]) -> None:
     """What Hugging Face's peft can do with the same names, and means something else."""
     refused = {
         "peft_type": about.get("peft_type") not in ("LORA", "MISS"),
-        "use_dora": bool(about.get("use_dora")),
         "init_weights": about.get("init_weights") in ("bat", "mini"),
         "init_lora_weights": str(about.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")),
         "rank_pattern": bool(about.get("rank_pattern")),

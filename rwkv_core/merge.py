@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint, foreign
-from rwkv_core.adapters import METHODS, file, is_matrix, layer, layer_count, layer_numbers, select
+from rwkv_core.adapters import file, is_matrix, layer, layer_count, layer_numbers, method, select
 from rwkv_core.adapters.linear import wide
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
@@ -135,15 +135,15 @@ def merged(
 
     @torch.no_grad()
     def make(module: str) -> Tensor:
-        method = METHODS[config.kind]
+        adapted = method(config)
         weight = base[f"{module}.weight"]
         kind = wide(weight)
         found = {part: x.to(weight.device, kind) for part, x in beside[module].items()}
         try:
-            frozen = method.frozen(weight.to(kind), found, config)
+            frozen = adapted.frozen(weight.to(kind), found, config)
             if quantize != "none":
                 frozen = rounded(frozen, quantize).to(kind)
-            return method.merged(frozen, found, config)
+            return adapted.merged(frozen, found, config)
         except ValueError as error:
             raise _misfit(adapter, module, str(error)) from None
 

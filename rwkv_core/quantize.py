@@ -125,8 +125,7 @@ class QuantizedLinear(nn.Linear):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return y
+        return frozen_product(x, self.weight)
 
 
 def hold(layer: nn.Linear, weight: Tensor | Packed) -> None:
@@ -135,9 +134,15 @@ def hold(layer: nn.Linear, weight: Tensor | Packed) -> None:
     layer.weight = weight.requires_grad_(False)  # type: ignore[assignment]
 
 
+def frozen_product(x: Tensor, weight: Tensor | Packed) -> Tensor:
+    """The product x W' in the dtype of x, with a gradient to x alone: (..., in) -> (..., out)."""
+    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Packed) -> Tensor:
         ctx.weight, ctx.shape = weight, x.shape
         return product(x, weight)
 

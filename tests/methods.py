@@ -5,7 +5,7 @@ from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, Piss
 SOME = {"targets": ("att.receptance", "att.value", "ffn.*"), "layers": "all", "also": ()}
 
 EXAMPLES = [
-    LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, **SOME),
+    LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=False, **SOME),
     PissaConfig(kind="pissa", rank=3, iterations=4, **SOME),
     BoneConfig(kind="bone", rank=5, **SOME),
     BatConfig(kind="bat", rank=8, **SOME),
@@ -13,10 +13,11 @@ EXAMPLES = [
 ]
 OTHERS = [
     LoraConfig(
-        kind="lora", rank=9, alpha=4.0, rank_stabilized=True, dropout=0.0,
+        kind="lora", rank=9, alpha=4.0, rank_stabilized=True, dropout=0.0, dora=False,
         targets=("att.*",), layers="0-1", also=("ln*", "ln_out.*", "emb.weight"),
     ),
     BoneConfig(kind="bone", rank=32, targets=("att.key", "ffn.key"), layers="2 0", also=("att.ln_x.*",)),
     FullConfig(kind="full", layers="1", also=("att.*", "head.weight")),
+    LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=True, **SOME),
 ]  # fmt: skip
 """More settings of the same."""

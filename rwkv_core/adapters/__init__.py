@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_core.adapters.bat import BatLinear
 from rwkv_core.adapters.bone import BoneLinear
+from rwkv_core.adapters.dora import DoraLinear
 from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
@@ -23,6 +24,11 @@ METHODS: dict[str, type[AdaptedLinear]] = {
     "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear
 }  # fmt: skip
 """What stands in a matrix's place, by kind. "full" has none: it trains the model's own parameters."""
+
+
+def method(config: "AdapterConfig") -> type[AdaptedLinear]:
+    """What a config puts in a matrix's place."""
+    return DoraLinear if config.kind == "lora" and config.dora else METHODS[config.kind]
 
 
 def attach(
@@ -69,14 +75,14 @@ def attach(
 def _adapted(
     base: nn.Module, config: "AdapterConfig", generator: torch.Generator, original: Tensor | None
 ) -> AdaptedLinear:
-    method, packed = METHODS[config.kind], base.weight
-    takes_out = method.frozen is not AdaptedLinear.frozen
+    make, packed = method(config), base.weight
+    takes_out = make.frozen is not AdaptedLinear.frozen
     if not (takes_out and isinstance(packed, Packed)):
-        return method(base, config, generator)  # type: ignore[arg-type]
+        return make(base, config, generator)  # type: ignore[arg-type]
     whole = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
     weight = packed.unpacked() if original is None else original.to(packed.device, torch.float32)
     whole.weight = nn.Parameter(weight, requires_grad=False)
-    module = method(whole, config, generator)
+    module = make(whole, config, generator)
     hold(module, Packed(module.weight, packed.form))
     return module
 

@@ -7,10 +7,10 @@ for it would be copied into the merged model by RWKV-PEFT's merge scripts.
 import json
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from torch import Tensor
 
 from rwkv_core import checkpoint
@@ -45,6 +45,14 @@ class AdapterRecord(Config):
 
     run: str
     """Digest of all that the training depended on: equal digests, equal adapters."""
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, adapter: Any) -> Any:
+        """What a method could not do yet, its records do not say."""
+        if not isinstance(adapter, dict):
+            return adapter
+        return ({"dora": False} if adapter.get("kind") == "lora" else {}) | adapter
 
 
 def write(path: Path, tensors: dict[str, Tensor], record: AdapterRecord) -> None:

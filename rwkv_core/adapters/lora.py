@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # pydantic is not needed to attach
 class LoraLinear(AdaptedLinear):
     """A linear layer with the update beside it."""
 
-    PARTS: ClassVar = ("lora_A", "lora_B")
+    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def __init__(self, base: nn.Linear, config: "LoraConfig", generator: torch.Generator) -> None:
         """See `AdaptedLinear`."""

@@ -1,5 +1,6 @@
 """Adapters in the layouts of other programs merge to what ours merge to."""
 
+import itertools
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from rwkv_core.config import LoraConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
+from rwkv_core.quantize import rounded
 
 LORA, PISSA, BONE, BAT, _ = EXAMPLES
 NORMS = BONE.model_copy(update={"also": ("ln*", "ln_out.*")})
@@ -99,7 +101,7 @@ def folder(made, tmp_path):
         tensors, want = made(config)
         renamed = {
             f"base_model.model.{name.replace('disha', 'miss_block')}"
-            + (".weight" if "lora" in name else ""): x.contiguous()
+            + (".weight" if name.endswith(("_A", "_B")) else ""): x.contiguous()
             for name, x in tensors.items()
         }
         (tmp_path / "hf").mkdir()
@@ -122,6 +124,11 @@ def test_rslora_of_hugging_face(folder, tmp_path):
     assert_merges(tmp_path, path, want)
 
 
+def test_dora_of_hugging_face(folder, tmp_path):
+    path, want = folder(LoraConfig(**LORA.model_dump() | {"dora": True}), use_dora=True)
+    assert assert_merges(tmp_path, path, want)["settings"]["dora"]
+
+
 def test_miss_of_hugging_face(folder, tmp_path):
     path, want = folder(BONE)
     assert_merges(tmp_path, path, want)
@@ -130,7 +137,6 @@ def test_miss_of_hugging_face(folder, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True},
         {"peft_type": "ADALORA"},
         {"init_lora_weights": "pissa_niter_4"},
         {"rank_pattern": {"key": 2}},
@@ -182,3 +188,39 @@ def test_what_can_not_be_known_is_asked_for(tensors, known, message, tmp_path):
     torch.save({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "x.pth")
     with pytest.raises(InputError, match=message):
         foreign.read(tmp_path / "x.pth", **known)
+
+
+@pytest.mark.parametrize("config", [LORA, PISSA, BONE, BAT], ids=lambda config: config.kind)
+def test_the_base_is_rounded_as_it_was_in_training_if_that_is_said(config, made, tmp_path):
+    """RWKV-PEFT's --quant: what stays of a matrix is packed and unpacked before the adapter is added."""
+    tensors, _ = made(config)
+    torch.save({n: x for n, x in tensors.items() if "init" not in n}, tmp_path / "rwkv-0.pth")
+    torch.save({n: x for n, x in tensors.items() if "init" in n}, tmp_path / "init.pth")
+    known = {"lora": {"alpha": 7.5}, "pissa": {"init": tmp_path / "init.pth"}}.get(config.kind, {})
+    receipt = merge(
+        tmp_path / "base.pth", [Part(tmp_path / "rwkv-0.pth", quantize="nf4", **known)], tmp_path / "merged.pth"
+    )
+    assert receipt["adapters"][0]["quantize"] == "nf4"
+    base, found = checkpoint.read(tmp_path / "base.pth"), checkpoint.read(tmp_path / "merged.pth")
+    name = "blocks.1.ffn.key"
+    weight, p = (
+        base[f"{name}.weight"],
+        {n.rpartition(".")[2]: x for n, x in tensors.items() if n.startswith(f"{name}.")},
+    )
+    match config.kind:
+        case "lora":
+            want = rounded(weight, "nf4") + 7.5 / 3 * p["lora_B"] @ p["lora_A"]
+        case "pissa":
+            left = weight - p["init_lora_B"] @ p["init_lora_A"]
+            want = rounded(left, "nf4") + p["lora_B"] @ p["lora_A"]
+        case "bone":
+            want = rounded(weight, "nf4") + p["disha"].T.repeat(1, 7)[:, :32]
+        case _:
+            want = rounded(weight, "nf4").clone()
+            for a, b in itertools.product(range(16), range(4)):
+                block = (slice(8 * a, 8 * a + 8), slice(8 * b, 8 * b + 8))
+                want[block] += want[block] @ p["disha"][b] + p["disha"][b]
+    torch.testing.assert_close(found[f"{name}.weight"], want)
+    part = Part(tmp_path / "rwkv-0.pth", weight=0.5, quantize="nf4", **known)
+    with pytest.raises(InputError, match="--quantize nf4: a base is rounded for one whole adapter; leave it out"):
+        merge(tmp_path / "base.pth", [part], tmp_path / "half.pth")

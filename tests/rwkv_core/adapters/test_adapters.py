@@ -19,7 +19,7 @@ from rwkv_core.merge import Part, merge
 from rwkv_core.quantize import Form, Packed
 
 FORMS = [form for form in typing.get_args(Form) if form != "none"]
-MATRICES = [config for config in EXAMPLES if config.kind != "full"]
+MATRICES = [c for c in EXAMPLES + OTHERS if c.kind != "full" and c.targets == SOME["targets"]]
 
 every_method = pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.kind)
 every_adapter = pytest.mark.parametrize("config", MATRICES, ids=lambda config: config.kind)

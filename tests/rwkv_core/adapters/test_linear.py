@@ -5,14 +5,15 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from rwkv_core.adapters import METHODS
+from rwkv_core.adapters import METHODS, attach, method
 from rwkv_core.config import BatConfig, BoneConfig, LoraConfig, PissaConfig
-from rwkv_core.quantize import Packed, hold
+from rwkv_core.quantize import Packed, QuantizedLinear
 
-SOME = {"targets": ("x",), "layers": "all", "also": ()}
+SOME = {"targets": ("att.x",), "layers": "all", "also": ()}
 EXAMPLES = [
-    (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, **SOME), 12, 8),
-    (LoraConfig(kind="lora", rank=9, alpha=2.0, rank_stabilized=True, dropout=0.0, **SOME), 8, 12),
+    (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=False, **SOME), 12, 8),
+    (LoraConfig(kind="lora", rank=9, alpha=2.0, rank_stabilized=True, dropout=0.0, dora=False, **SOME), 8, 12),
+    (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=True, **SOME), 12, 8),
     (PissaConfig(kind="pissa", rank=3, iterations=4, **SOME), 12, 8),
     (BoneConfig(kind="bone", rank=4, **SOME), 12, 8),
     (BoneConfig(kind="bone", rank=5, **SOME), 12, 8),
@@ -21,7 +22,9 @@ EXAMPLES = [
     (BatConfig(kind="bat", rank=8, **SOME), 8, 24),
 ]
 every_example = pytest.mark.parametrize(
-    ("config", "into", "out"), EXAMPLES, ids=[f"{c.kind}-r{c.rank}-{i}x{o}" for c, i, o in EXAMPLES]
+    ("config", "into", "out"),
+    EXAMPLES,
+    ids=[f"{c.kind}{'-dora' * getattr(c, 'dora', False)}-r{c.rank}-{i}x{o}" for c, i, o in EXAMPLES],
 )
 
 
@@ -32,9 +35,10 @@ def test_every_method_has_an_example():
 def make(config, into, out, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     base = nn.Linear(into, out, bias=False, dtype=dtype)
-    nn.init.normal_(base.weight, generator=generator)
+    with torch.no_grad():
+        base.weight.copy_(torch.randn(out, into, generator=generator, dtype=torch.float64))
     original = base.weight.detach().clone()
-    layer = METHODS[config.kind](base, config, generator)
+    layer = method(config)(base, config, generator)
     with torch.no_grad():
         for part in layer.PARTS:
             getattr(layer, part).add_(torch.randn(getattr(layer, part).shape, generator=generator, dtype=torch.float64))
@@ -56,9 +60,17 @@ def test_is_its_merged_matrix(config, into, out):
 
 @every_example
 def test_beside_a_packed_matrix_it_is_beside_the_unpacked_one(config, into, out):
-    layer, _ = make(config, into, out)
-    weight = Packed(layer.weight, "nf4")
-    hold(layer, weight)
+    plain, original = make(config, into, out)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Module()])
+    model.blocks[0].att = nn.Module()
+    model.blocks[0].att.x = QuantizedLinear(Packed(original, "nf4"))
+    attach(model, config, seed=0)
+    layer = model.blocks[0].att.x.double()
+    with torch.no_grad():
+        for name in layer.PARTS:
+            getattr(layer, name).copy_(getattr(plain, name))
+    weight = layer.weight
     x = torch.randn(2, 3, into, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(layer(x), x @ layer.merged(weight.unpacked(x.dtype), parts(layer), config).mT)
     assert gradcheck(lambda x, *_: layer(x), (x, *(getattr(layer, name) for name in layer.PARTS)))
@@ -109,7 +121,7 @@ def test_parts_of_other_shapes_are_refused(config, into, out):
         for bad in (
             {k: v for k, v in good.items() if k != name},
             good | {name: x[..., 1:]},
-            good | {name: x.mT.contiguous()[None]},
+            good | {name: x.t().contiguous()[None] if x.ndim < 3 else x.mT[None]},
         ):
             with pytest.raises(ValueError, match="it must be"):
                 layer.merged(weight, bad, config)

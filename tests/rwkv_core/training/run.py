@@ -60,6 +60,7 @@ lora = LoraConfig(
     rank=2,
     alpha=4,
     dropout=0.2,
+    dora=False,
     rank_stabilized=False,
     targets=("att.receptance", "ffn.key"),
     layers="all",
