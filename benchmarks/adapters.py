@@ -1,6 +1,6 @@
 """A training step of RWKV-7 0.1B by every method, against a step through the frozen model that trains one layer norm alone.
 
-python -m benchmarks.adapters [--rank N] [--threads N] [--rounds N] [--steps T] [--out FILE]
+python -m benchmarks.adapters [--rank N] [--quantize FORM] [--threads N] [--rounds N] [--steps T] [--out FILE]
 
 All take turns. Beside the time: what is trained, and what the forward keeps for the backward.
 """
@@ -8,7 +8,7 @@ All take turns. Beside the time: what is trained, and what the forward keeps for
 import time
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,6 +17,8 @@ from benchmarks.train_step import CHANNELS, HEAD_SIZE, LAYERS, TARGETS, VOCABULA
 from rwkv_core import memory
 from rwkv_core.adapters import METHODS, attach
 from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import Linear
+from rwkv_core.quantize import Form, Packed, QuantizedLinear
 
 FROZEN = SimpleNamespace(kind="full", layers="0", also=("ln0.*",))
 """All of the model's own backward runs, and next to nothing is trained."""
@@ -31,21 +33,29 @@ def methods(rank: int) -> dict[str, Any]:
         "frozen": FROZEN,
         **found,
         "lora": lora(rank),
+        "lora, dora": lora(rank, dora=True),
         "full": SimpleNamespace(kind="full", layers="all", also=("*",)),
     }
 
 
-def make(config: Any, steps: int) -> Step:
-    """A model of initial values, and what the method puts beside it."""
+def make(config: Any, steps: int, form: Form = "none") -> Step:
+    """A model of initial values, its matrices packed, and what the method puts beside it."""
     model = RWKV7(RWKV7.new_shape(LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY))
     model.initialize(torch.Generator().manual_seed(0))
+    if form != "none":
+        for name, matrix in [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, Linear)]:
+            model.blocks.set_submodule(name, QuantizedLinear(Packed(matrix.weight, form)))
     attach(model, config, seed=1)
     return Step(model, steps)
 
 
-def measure(rank: int, rounds: int, steps: int) -> str:
-    """The table."""
+def measure(rank: int, rounds: int, steps: int, form: Form) -> str:
+    """The table; the frozen model that all are compared with is never packed."""
     runs = {kind: make(config, steps) for kind, config in methods(rank).items()}
+    if form != "none":
+        runs = {"frozen": runs["frozen"]} | {
+            f"{kind}, {form}": make(config, steps, form) for kind, config in methods(rank).items() if kind != "full"
+        }
     took: dict[str, list[float]] = {kind: [] for kind in runs}
     for _ in range(rounds + 2):
         for kind, step in runs.items():
@@ -67,10 +77,11 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rank", type=int, default=64)
     options.add_argument("--steps", type=int, default=512, help="tokens of the row")
+    options.add_argument("--quantize", choices=get_args(Form), default="none", help="how the matrices are kept")
     given = options.parse_args()
     pin(given.threads)
     with memory.reused():  # as in training
-        table = measure(given.rank, given.rounds, given.steps)
+        table = measure(given.rank, given.rounds, given.steps, given.quantize)
     text = f"{describe()}; medians of {given.rounds}\n\n{table}\n"
     tell(text, given.out)
 
