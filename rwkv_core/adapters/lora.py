@@ -90,7 +90,8 @@ class _Adapted(torch.autograd.Function):
         dread = _product(dlow, a.to(dy.dtype), scale) if wants_read else None
         if dx is not None and ctx.is_x:
             dx.addmm_(dlow, a.to(dy.dtype), alpha=scale)
-        da, db = _product(dlow.mT, rows(kept), scale), _product(dy.mT, low, scale)
+        da = _product(dlow.mT, rows(kept), scale)
+        db = _product(low.mT, dy, scale).mT  # a wide result is faster to make than a tall one
         return (
             None if dx is None else dx.view(shape), None if dread is None else dread.view(shape), None,
             da.to(a.dtype), db.to(b.dtype), None,
