@@ -17,6 +17,7 @@ from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 
 Make = Callable[[], Tensor]
+"""Makes a tensor, and keeps no hold of it."""
 
 
 class Part(NamedTuple):
@@ -75,15 +76,18 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
                 "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
             }
         )  # fmt: skip
-    changed = {name: _sum(tensors[name], of).to(tensors[name].dtype) for name, of in shares.items()}
-    checkpoint.write(out, tensors | changed)
+    checkpoint.write_each(
+        out,
+        {name: (x.shape, x.dtype) for name, x in tensors.items()},
+        (_sum(x, shares.get(name, ())).to(x.dtype) for name, x in checkpoint.one_by_one(tensors)),
+    )
     return {
         "base": {"path": str(base), "sha256": digest},
         "adapters": entries,
         "layers": layers,
         "merged": {
             "sha256": sha256(out), "bytes": out.stat().st_size,
-            "matrices_changed": len(matrices), "tensors_replaced": len(changed) - len(matrices),
+            "matrices_changed": len(matrices), "tensors_replaced": len(shares) - len(matrices),
         },
     }  # fmt: skip
 
@@ -117,7 +121,7 @@ def merged(
         elif base[name].shape != x.shape:
             raise _misfit(adapter, name, f"is {tuple(x.shape)}; it must be {tuple(base[name].shape)}")
         else:
-            replaced[name] = partial(x.to, base[name].device, wide(base[name]))
+            replaced[name] = partial(x.to, base[name].device, wide(base[name]), copy=True)
     for name in also:
         if name not in replaced:
             raise _misfit(adapter, name, "its settings say that it was trained, and it is not there")
@@ -137,12 +141,15 @@ def merged(
 
 def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
     """The base and what is taken of each change to it; one that is taken whole and alone, to the bit."""
+    if not shares:
+        return base
     if len(shares) == 1 and shares[0][0] == 1:
         return shares[0][1]()
-    start = base.to(wide(base))
-    total = start.clone()
+    total = base.to(wide(base), copy=True)
     for factor, make in shares:
-        total += factor * (make() - start)
+        change = make()
+        change -= base
+        total += change.mul_(factor)
     return total
 
 
