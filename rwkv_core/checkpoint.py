@@ -21,6 +21,9 @@ from rwkv_core.formats import container, huggingface, order, parts, web_rwkv
 
 Dtype = Literal["as_loaded", "bf16", "fp16", "fp32"]
 
+About = Mapping[str, tuple[torch.Size, torch.dtype]]
+"""Names with shapes and dtypes, in a file's order."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _LARGE = 1 << 20
@@ -89,12 +92,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], dtype: Dtype = "as_loaded")
     write_each(path, about, (x.detach().cpu().to(kind(x)) for x in tensors.values()))
 
 
-def write_each(path: Path, about: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Iterable[Tensor]) -> None:
+def write_each(path: Path, about: About, tensors: Iterable[Tensor]) -> None:
     """As `write`, of tensors that are made one at a time: none is asked for before the one before it is in the file.
 
     Args:
         path: the file.
-        about: names with shapes and dtypes, in the file's order.
+        about: what will be in it.
         tensors: for each name the tensor, on the CPU.
 
     Raises:
@@ -120,9 +123,7 @@ class _Archive:
     it comes to the storage of one, that of the real one is written.
     """
 
-    def __init__(
-        self, opened: Any, about: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Iterable[Tensor]
-    ) -> None:
+    def __init__(self, opened: Any, about: About, tensors: Iterable[Tensor]) -> None:
         """Around a writer of torch."""
         self.opened, self.about, self.tensors = opened, iter(about.items()), iter(tensors)
 
@@ -141,7 +142,7 @@ class _Archive:
         self.opened.write_record(entry, content, size)
 
 
-def _stand_ins(about: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+def _stand_ins(about: About) -> dict[str, Tensor]:
     """Tensors of these shapes and dtypes, each in a storage of its own, on memory that is promised and never touched."""
     largest: dict[torch.dtype, int] = {}
     for shape, dtype in about.values():

@@ -62,7 +62,7 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     matrices: set[str] = set()
     entries = []
     for part in adapters:
-        parts, config, run = _read(base, digest, part)
+        parts, config, record = _read(base, digest, part)
         adapted, replaced = merged(tensors, parts, config, part.path)
         for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
@@ -72,8 +72,8 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
                 matrices |= {name} & adapted.keys()
         entries.append(
             {
-                "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": run,
-                "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
+                "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": record and record.run,
+                "base_checked": record is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
             }
         )  # fmt: skip
     checkpoint.write_each(
@@ -153,8 +153,8 @@ def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
     return total
 
 
-def _read(base: Path, digest: str, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, str | None]:
-    """An adapter's tensors, method and run; of another program's the run is None, and its base can't be checked."""
+def _read(base: Path, digest: str, part: Part) -> tuple[dict[str, Tensor], AdapterConfig, file.AdapterRecord | None]:
+    """An adapter's tensors, method and record; another program's has none, and its base can't be checked."""
     if part.path.is_dir() or file.read_record(part.path) is None:
         return *foreign.read(part.path, part.alpha, part.init), None
     if part.alpha is not None or part.init is not None:
@@ -162,7 +162,7 @@ def _read(base: Path, digest: str, part: Part) -> tuple[dict[str, Tensor], Adapt
             str(part.path), "its alpha and all else are in its record", "leave --alpha and --pissa-init out"
         )
     tensors, record = file.read_for(base, digest, part.path, "merge it into that one")
-    return tensors, record.adapter, record.run
+    return tensors, record.adapter, record
 
 
 def _misfit(adapter: Path, name: str, reason: str) -> InputError:
