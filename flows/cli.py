@@ -1,16 +1,16 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow inspect`,
-`rwkvflow chat`.
+"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow unmerge`,
+`rwkvflow inspect`, `rwkvflow chat`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from rwkv_core.errors import Problem
+from rwkv_core.errors import InputError, Problem
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -93,13 +93,10 @@ def merge(
     ] = None,
 ) -> None:
     """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says."""
-    from rwkv_core.errors import InputError
-    from rwkv_core.files import whole_file, write_json
     from rwkv_core.merge import Part
     from rwkv_core.merge import merge as merge_files
 
-    if out.exists():
-        raise InputError(str(out), "something is there already", "name another file, or remove it")
+    _refuse_what_is_there(out)
     parts = []
     for given in adapters:
         weight, star, path = given.partition("*")
@@ -110,9 +107,7 @@ def merge(
         except ValueError:
             raise InputError(given, "what stands before * must be a number", "write 0.5*file.pth") from None
     receipt = merge_files(base, parts, out, layers=layers)
-    written = out.with_name(f"{out.name}.receipt.json")
-    with whole_file(written) as temporary:
-        write_json(temporary, receipt)
+    written = _write_receipt(out, receipt)
     changed = receipt["merged"]
     unknown = [entry["path"] for entry in receipt["adapters"] if not entry["base_checked"]]
     if unknown:
@@ -124,6 +119,43 @@ def merge(
         f"{out}: {changed['matrices_changed']} matrices changed, {changed['tensors_replaced']} tensors replaced; "
         f"sha256 {changed['sha256'][:16]}, receipt {written}"
     )
+
+
+@app.command()
+def unmerge(
+    base: Annotated[Path, typer.Argument(help="The model as it was: a file or a folder.")],
+    tuned: Annotated[Path, typer.Argument(help="The same model, tuned or merged.")],
+    out: Annotated[Path, typer.Argument(help="The adapter to write; its receipt is written beside it.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA: what it can't hold of a matrix's change is left out.")],
+) -> None:
+    """Find the LoRA that leads from one checkpoint to another; other tensors that differ are kept whole."""
+    from rwkv_core.unmerge import unmerge as unmerge_files
+
+    _refuse_what_is_there(out)
+    receipt = unmerge_files(base, tuned, out, rank=rank)
+    written = _write_receipt(out, receipt)
+    left_out, settings = receipt["left_out_of"], receipt["adapter"]["settings"]
+    for name in sorted(left_out, key=left_out.__getitem__, reverse=True)[:3]:
+        typer.echo(f"{name}: rank {rank} leaves out {left_out[name]:.2%} of its change")
+    typer.echo(
+        f"{out}: {settings['kind']} of {len(left_out)} matrices, which leaves out {receipt['left_out']:.2%} of their change; "
+        f"{receipt['tensors_kept_whole']} tensors kept whole; sha256 {receipt['adapter']['sha256'][:16]}, receipt {written}"
+    )
+
+
+def _refuse_what_is_there(out: Path) -> None:
+    if out.exists():
+        raise InputError(str(out), "something is there already", "name another file, or remove it")
+
+
+def _write_receipt(out: Path, receipt: dict[str, Any]) -> Path:
+    """Beside `out`; its path."""
+    from rwkv_core.files import whole_file, write_json
+
+    written = out.with_name(f"{out.name}.receipt.json")
+    with whole_file(written) as temporary:
+        write_json(temporary, receipt)
+    return written
 
 
 @app.command()

@@ -6,20 +6,28 @@ A .pth file is a dictionary of such tensors, and nothing else; `rwkv_core.format
 import ctypes
 import math
 import mmap
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, serialization
 
+from rwkv_core import memory
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
 from rwkv_core.formats import container, huggingface, order, parts, web_rwkv
 
 Dtype = Literal["as_loaded", "bf16", "fp16", "fp32"]
 
+About = Mapping[str, tuple[torch.Size, torch.dtype]]
+"""Names with shapes and dtypes, in a file's order."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_LARGE = 1 << 20
+"""Bytes of a tensor before which it is worth while to look for memory that is free."""
 
 _PREFIXES = ("_forward_module.", "base_model.model.", "model.")  # DeepSpeed's, Hugging Face PEFT's, Lightning's
 
@@ -76,20 +84,76 @@ def write(path: Path, tensors: Mapping[str, Tensor], dtype: Dtype = "as_loaded")
     Raises:
         WorldError: there is no room, or no permission.
     """
-    saved: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, x in tensors.items():
-        x = x.detach().cpu()
-        if dtype != "as_loaded" and x.is_floating_point():
-            x = x.to(DTYPES[dtype])
-        plain = x.stride() == torch.empty(x.shape, device="meta").stride()  # is_contiguous() overlooks sides of 1
-        whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
-        if not (plain and whole) or x.untyped_storage().data_ptr() in storages:
-            x = x.clone(memory_format=torch.contiguous_format)
-        storages.add(x.untyped_storage().data_ptr())
-        saved[name] = x
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(saved, file)  # a file object, not a name: the name would be part of the bytes
+
+    def kind(x: Tensor) -> torch.dtype:
+        return x.dtype if dtype == "as_loaded" or not x.is_floating_point() else DTYPES[dtype]
+
+    about = {name: (x.shape, kind(x)) for name, x in tensors.items()}
+    write_each(path, about, (x.detach().cpu().to(kind(x)) for x in tensors.values()))
+
+
+def write_each(path: Path, about: About, tensors: Iterable[Tensor]) -> None:
+    """As `write`, of tensors that are made one at a time: none is asked for before the one before it is in the file.
+
+    Args:
+        path: the file.
+        about: what will be in it.
+        tensors: for each name the tensor, on the CPU.
+
+    Raises:
+        ValueError: a tensor is of another shape or dtype, or there are more or fewer of them.
+        WorldError: there is no room, or no permission.
+    """
+    with (
+        whole_file(path) as temporary,
+        temporary.open("wb") as file,  # a file object, not a name: the name would be part of the bytes
+        serialization._open_zipfile_writer(file) as opened,
+    ):
+        archive = _Archive(opened, about, tensors)
+        protocol = serialization.DEFAULT_PROTOCOL
+        serialization._save(_stand_ins(about), archive, pickle, protocol, False)  # type: ignore[no-untyped-call]
+        if next(archive.tensors, None) is not None:
+            raise ValueError("there are more tensors than names")
+
+
+class _Archive:
+    """What torch.save writes into, of tensors that are not there yet.
+
+    torch.save writes names, shapes and dtypes first, then each storage. It is given tensors that stand for the real ones; when
+    it comes to the storage of one, that of the real one is written.
+    """
+
+    def __init__(self, opened: Any, about: About, tensors: Iterable[Tensor]) -> None:
+        """Around a writer of torch."""
+        self.opened, self.about, self.tensors = opened, iter(about.items()), iter(tensors)
+
+    def write_record(self, entry: str, content: Any, size: int) -> None:
+        """Add an entry to the archive; torch calls this."""
+        if isinstance(content, torch.UntypedStorage):
+            if size > _LARGE:
+                memory.give_back()
+            (name, wanted), x = next(self.about), next(self.tensors, None)
+            if x is None or (x.shape, x.dtype) != wanted:
+                found = "nothing" if x is None else f"{x.dtype} {tuple(x.shape)}"
+                raise ValueError(f"{name} is {found}; it must be {wanted[1]} {tuple(wanted[0])}")
+            x = x.contiguous()
+            begin = x.storage_offset() * x.element_size()
+            content = x.untyped_storage()[begin : begin + size]
+        self.opened.write_record(entry, content, size)
+
+
+def _stand_ins(about: About) -> dict[str, Tensor]:
+    """Tensors of these shapes and dtypes, each in a storage of its own, on memory that is promised and never touched."""
+    largest: dict[torch.dtype, int] = {}
+    for shape, dtype in about.values():
+        largest[dtype] = max(largest.get(dtype, 1), shape.numel() * dtype.itemsize)
+    places = {dtype: mmap.mmap(-1, size) for dtype, size in largest.items()}  # torch refuses two dtypes in one place
+    return {
+        name: torch.frombuffer(places[dtype], dtype=dtype, count=shape.numel()).view(shape)
+        if shape.numel()
+        else torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in about.items()
+    }
 
 
 def convert(tensors: dict[str, Tensor], dtype: torch.dtype | None, device: str = "cpu") -> None:
@@ -105,9 +169,12 @@ def convert(tensors: dict[str, Tensor], dtype: torch.dtype | None, device: str =
             _let_go(x, mapped)
 
 
-def let_go(x: Tensor) -> None:
-    """Give back what a mapped file had to bring into memory for `x`. If it is read again, that comes from the file again."""
-    _let_go(x, _mapped_files())
+def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What `read` gave, a tensor at a time; what a mapped file had to bring into memory for one is let go before the next."""
+    mapped = _mapped_files()
+    for name, x in tensors.items():
+        yield name, x
+        _let_go(x, mapped)
 
 
 def _mapped_files() -> list[tuple[int, int]]:

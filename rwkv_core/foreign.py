@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rwkv_core import checkpoint
 from rwkv_core.adapters import inner, layer
-from rwkv_core.adapters.linear import wide
 from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.formats import container
@@ -116,7 +115,7 @@ def _named(path: Path) -> dict[str, Tensor]:
         name = checkpoint.stripped(name)
         module, _, part = name.removesuffix(".weight").rpartition(".")
         known = _NAMES.get(part, part)
-        found[f"{module}.{known}" if known in _PARTS else name] = x.to(wide(x))
+        found[f"{module}.{known}" if known in _PARTS else name] = x
     return found
 
 

@@ -18,6 +18,7 @@ from rwkv_core.files import sha256
 from rwkv_core.quantize import Form, rounded
 
 Make = Callable[[], Tensor]
+"""Makes a tensor, and keeps no hold of it."""
 
 
 class Part(NamedTuple):
@@ -65,7 +66,7 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     entries = []
     alone = len(adapters) == 1 and adapters[0].weight == 1 and layers == "all"
     for part in adapters:
-        parts, config, quantize, run = _read(base, digest, part, alone)
+        parts, config, quantize, record = _read(base, digest, part, alone)
         adapted, replaced = merged(tensors, parts, config, part.path, quantize)
         for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
@@ -75,20 +76,23 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
                 matrices |= {name} & adapted.keys()
         entries.append(
             {
-                "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": run,
-                "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
+                "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": record and record.run,
+                "base_checked": record is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
                 "quantize": quantize,
             }
         )  # fmt: skip
-    changed = {name: _sum(tensors[name], of).to(tensors[name].dtype) for name, of in shares.items()}
-    checkpoint.write(out, tensors | changed)
+    checkpoint.write_each(
+        out,
+        {name: (x.shape, x.dtype) for name, x in tensors.items()},
+        (_sum(x, shares.get(name, ())).to(x.dtype) for name, x in checkpoint.one_by_one(tensors)),
+    )
     return {
         "base": {"path": str(base), "sha256": digest},
         "adapters": entries,
         "layers": layers,
         "merged": {
             "sha256": sha256(out), "bytes": out.stat().st_size,
-            "matrices_changed": len(matrices), "tensors_replaced": len(changed) - len(matrices),
+            "matrices_changed": len(matrices), "tensors_replaced": len(shares) - len(matrices),
         },
     }  # fmt: skip
 
@@ -128,7 +132,7 @@ def merged(
         elif base[name].shape != x.shape:
             raise _misfit(adapter, name, f"is {tuple(x.shape)}; it must be {tuple(base[name].shape)}")
         else:
-            replaced[name] = partial(x.to, base[name].device, wide(base[name]))
+            replaced[name] = partial(x.to, base[name].device, wide(base[name]), copy=True)
     for name in also:
         if name not in replaced:
             raise _misfit(adapter, name, "its settings say that it was trained, and it is not there")
@@ -159,19 +163,22 @@ def merged(
 
 def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:
     """The base and what is taken of each change to it; one that is taken whole and alone, to the bit."""
+    if not shares:
+        return base
     if len(shares) == 1 and shares[0][0] == 1:
         return shares[0][1]()
-    start = base.to(wide(base))
-    total = start.clone()
+    total = base.to(wide(base), copy=True)
     for factor, make in shares:
-        total += factor * (make() - start)
+        change = make()
+        change -= base
+        total += change.mul_(factor)
     return total
 
 
 def _read(
     base: Path, digest: str, part: Part, alone: bool
-) -> tuple[dict[str, Tensor], AdapterConfig, Form, str | None]:
-    """An adapter's tensors, method, how the base is rounded, and run: None, if another program's, whose base can't be checked.
+) -> tuple[dict[str, Tensor], AdapterConfig, Form, file.AdapterRecord | None]:
+    """An adapter's tensors, method, how the base is rounded, and record; another program's has none: its base can't be checked.
 
     Only one that is taken whole, and alone, has what it was trained beside: any sum is made with the exact base.
     """
@@ -188,7 +195,7 @@ def _read(
             str(part.path), "its alpha and all else are in its record", "leave --alpha and --pissa-init out"
         )
     tensors, record = file.read_for(base, digest, part.path, "merge it into that one")
-    return tensors, record.adapter, part.quantize or (record.quantize if alone else "none"), record.run
+    return tensors, record.adapter, part.quantize or (record.quantize if alone else "none"), record
 
 
 def _misfit(adapter: Path, name: str, reason: str) -> InputError:

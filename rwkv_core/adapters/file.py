@@ -6,10 +6,10 @@ for it would be copied into the merged model by RWKV-PEFT's merge scripts.
 
 import json
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError, field_validator
 from torch import Tensor
 
@@ -37,13 +37,13 @@ class AdapterRecord(Config):
     base_sha256: str
     """The checkpoint that it was trained on, and is merged into."""
 
-    data_sha256: str
-    """The source text."""
+    data_sha256: str | None
+    """The source text. null here and below: not known, as it was found by `rwkvflow unmerge`."""
 
-    vocabulary_sha256: str
+    vocabulary_sha256: str | None
     """The tokenizer's table."""
 
-    run: str
+    run: str | None
     """Digest of all that the training depended on: equal digests, equal adapters."""
 
     @field_validator("adapter", mode="before")
@@ -55,16 +55,20 @@ class AdapterRecord(Config):
         return ({"dora": False} if adapter.get("kind") == "lora" else {}) | adapter
 
 
-def write(path: Path, tensors: dict[str, Tensor], record: AdapterRecord) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], record: AdapterRecord) -> None:
     """Save an adapter; the bytes depend on tensors and record alone.
 
     Raises:
         WorldError: there is no room, or no permission.
     """
+    write_each(path, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.values(), record)
+
+
+def write_each(path: Path, about: checkpoint.About, tensors: Iterable[Tensor], record: AdapterRecord) -> None:
+    """As `write`, of tensors that are made one at a time; see `checkpoint.write_each`."""
     entry = zipfile.ZipInfo(_ENTRY, date_time=(1980, 1, 1, 0, 0, 0))
     with whole_file(path) as temporary:
-        with temporary.open("wb") as file:
-            torch.save({name: x.cpu().contiguous().clone() for name, x in tensors.items()}, file)
+        checkpoint.write_each(temporary, about, (x.detach().cpu() for x in tensors))
         with zipfile.ZipFile(temporary, "a") as archive:
             archive.writestr(entry, json.dumps(record.model_dump(mode="json"), indent=2))
 

@@ -32,10 +32,8 @@ class PissaLinear(AdaptedLinear):
         weight = self.weight.detach().to(wide(self.weight))
         if config.rank > min(weight.shape):
             raise ValueError(f"the rank must be at most {min(weight.shape)}, that of the matrix")
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            u, s, v = torch.svd_lowrank(weight, config.rank, config.iterations)
-        a, b = s.sqrt()[:, None] * v.mT, u * s.sqrt()
+        seed = int(torch.randint(2**62, (), generator=generator))
+        a, b = principal(weight, config.rank, config.iterations, seed)
         self.register_buffer("init_lora_A", a.contiguous())
         self.register_buffer("init_lora_B", b.contiguous())
         self.lora_A, self.lora_B = self.part(a.contiguous().clone()), self.part(b.contiguous().clone())
@@ -63,3 +61,24 @@ def _fitting(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig")
     (out, into), rank = weight.shape, config.rank
     shapes = {"lora_A": (rank, into), "lora_B": (out, rank)}
     return fitting(parts, shapes | {f"init_{name}": shape for name, shape in shapes.items()})
+
+
+def principal(matrix: Tensor, rank: int, iterations: int, seed: int, spare: int = 0) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), each with half of the singular values: B A is nearly the best of that rank.
+
+    Args:
+        matrix: (out, in) float32 or wider.
+        rank: at most the smaller side.
+        iterations: power iterations; more are more exact.
+        seed: of the directions that are tried.
+        spare: directions beyond the rank, which make those within it more exact.
+    """
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(matrix, min(rank + spare, *matrix.shape), iterations)
+    return balanced(u[:, :rank], s[:rank], v[:, :rank].mT)
+
+
+def balanced(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of singular vectors and values: u (out, rank), s (rank), vh (rank, in)."""
+    return s.sqrt()[:, None] * vh, u * s.sqrt()

@@ -138,12 +138,10 @@ def _pack(model: RWKV, tensors: dict[str, Tensor], form: Form, device: str) -> d
     Returns:
         What each consists of now, by its name and those parts' names in the model's state_dict.
     """
+    matrices = {f"{name}.weight": name for name, m in model.named_modules() if isinstance(m, Linear) and name != "head"}
     made: dict[str, dict[str, Tensor]] = {}
-    for module in [name for name, m in model.named_modules() if isinstance(m, Linear) and name != "head"]:
-        name = f"{module}.weight"
-        x = tensors.pop(name)
+    for name, x in checkpoint.one_by_one({name: tensors.pop(name) for name in matrices}):
         packed = Packed(x, form, device)
-        checkpoint.let_go(x)
-        model.set_submodule(module, QuantizedLinear(packed))
+        model.set_submodule(matrices[name], QuantizedLinear(packed))
         made[name] = {f"{name}.{part}": y for part, y in packed.state_dict().items()}
     return made

@@ -187,3 +187,34 @@ def test_inspect_says_what_a_file_is(
         assert not ended.value.code
         output = capsys.readouterr().out
         assert all(re.search(f"^{line}$", output, re.MULTILINE) for line in lines)
+
+
+def test_unmerge_finds_what_was_merged(
+    adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    base, adapter = adapted
+    tuned, found, again = (tmp_path / name for name in ("tuned.pth", "found.pth", "again.pth"))
+    for words in (
+        ("merge", base, adapter, tuned),
+        ("unmerge", base, tuned, found, "--rank", "1"),
+        ("merge", base, found, again),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, *words)
+        assert not ended.value.code
+    said = capsys.readouterr()
+    receipt = json.loads((tmp_path / "found.pth.receipt.json").read_text())
+    assert re.search(
+        rf"\n{found}: lora of 12 matrices, which leaves out 0\.00% of their change; 0 tensors kept whole; "
+        rf"sha256 {sha256(found)[:16]}, receipt {found}\.receipt\.json\n",
+        said.out,
+    )
+    assert receipt["adapter"]["sha256"] == sha256(found)
+    assert not said.err
+    want, got = checkpoint.read(tuned), checkpoint.read(again)
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, atol=1e-5, rtol=1e-5)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "unmerge", base, tuned, found, "--rank", "1")
+    assert ended.value.code == 1
+    assert "found.pth: something is there already; name another file" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 import contextlib
+import itertools
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,62 @@ def test_same_tensors_are_same_bytes(tensors, tmp_path):
     checkpoint.write(tmp_path / "tied", {"a": tied, "b": tied})
     checkpoint.write(tmp_path / "untied", {"a": torch.ones(3), "b": torch.ones(3)})
     assert (tmp_path / "tied").read_bytes() == (tmp_path / "untied").read_bytes()
+
+
+def odd_tensors():
+    """Of every dtype that a file may have, more than ten, some without an axis or an element."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    shapes = ((5, 4), (1, 1, 7), (), (0, 3), (300, 70))
+    return {
+        f"{dtype}.{i}": torch.randint(2, shape, generator=generator).to(dtype)
+        for dtype in dtypes
+        for i, shape in enumerate(shapes)
+    }
+
+
+def test_the_bytes_are_those_of_torch_save(tmp_path):
+    tensors = odd_tensors()
+    checkpoint.write(tmp_path / "model.pth", tensors)
+    with (tmp_path / "whole").open("wb") as file:
+        torch.save(tensors, file)
+    assert (tmp_path / "model.pth").read_bytes() == (tmp_path / "whole").read_bytes()
+    with zipfile.ZipFile(tmp_path / "model.pth") as archive:
+        assert archive.testzip() is None
+    same(torch.load(tmp_path / "model.pth", weights_only=True, mmap=True), tensors)
+
+
+def sizes(tensors):
+    return {name: (x.shape, x.dtype) for name, x in tensors.items()}
+
+
+def test_a_tensor_is_asked_for_when_the_one_before_it_is_in_the_file(tmp_path):
+    tensors = {str(i): torch.full((50_000,), float(i)) for i in range(5)}
+    written = []
+
+    def each():
+        for x in tensors.values():
+            written.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
+            yield x
+
+    checkpoint.write_each(tmp_path / "model.pth", sizes(tensors), each())
+    assert all(after - before >= 200_000 for before, after in itertools.pairwise(written))
+    same(checkpoint.read(tmp_path / "model.pth"), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors[:-1], r"count is nothing; it must be torch.int64 \(2,\)"),
+        (lambda tensors: [*tensors, tensors[0]], "there are more tensors than names"),
+        (lambda tensors: [tensors[0].half(), *tensors[1:]], r"emb.weight is torch.float16 \(5, 4\); it must be torch.float"),
+        (lambda tensors: [tensors[0][1:], *tensors[1:]], r"emb.weight is torch.float32 \(4, 4\); it must be .* \(5, 4\)"),
+    ],
+)  # fmt: skip
+def test_other_tensors_than_were_promised_leave_no_file(change, message, tensors, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.write_each(tmp_path / "model.pth", sizes(tensors), change(list(tensors.values())))
+    assert names(tmp_path) == []
 
 
 def test_what_is_read_can_be_written_over_the_file_it_comes_from(tensors, tmp_path):
