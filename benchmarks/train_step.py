@@ -35,7 +35,8 @@ TARGETS = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "f
 def lora(rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = None) -> Any:
     """As a LoraConfig, without pydantic."""
     return SimpleNamespace(
-        kind="lora", rank=rank, alpha=alpha or rank, rank_stabilized=False, dropout=0.0, targets=targets, layers="all", also=()
+        kind="lora", rank=rank, alpha=alpha or rank, rank_stabilized=False, dropout=0.0, targets=targets, layers="all", also=(),
+        state="none",
     )  # fmt: skip
 
 

@@ -88,14 +88,20 @@ def merge(
         Path | None, typer.Option(help="RWKV-PEFT's init_pissa.pth, for a PiSSA that it has trained.")
     ] = None,
 ) -> None:
-    """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says."""
+    """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says.
+
+    A tuned state is not merged: it is written beside, as OUT.state.pth without OUT's own ending, for clients to mount.
+    """
     from rwkv_core.errors import InputError
     from rwkv_core.files import whole_file, write_json
+    from rwkv_core.formats import tuned_state
     from rwkv_core.merge import Part
     from rwkv_core.merge import merge as merge_files
 
-    if out.exists():
-        raise InputError(str(out), "something is there already", "name another file, or remove it")
+    state = out.with_suffix(".state.pth")
+    for file in (out, state, tuned_state.whole(state)):
+        if file.exists():
+            raise InputError(str(file), "something is there already", "name another file, or remove it")
     parts = []
     for given in adapters:
         weight, star, path = given.partition("*")
@@ -103,7 +109,7 @@ def merge(
             parts.append(Part(Path(path if star else given), float(weight) if star else 1.0, alpha, pissa_init))
         except ValueError:
             raise InputError(given, "what stands before * must be a number", "write 0.5*file.pth") from None
-    receipt = merge_files(base, parts, out, layers=layers)
+    receipt = merge_files(base, parts, out, layers=layers, state=state)
     written = out.with_name(f"{out.name}.receipt.json")
     with whole_file(written) as temporary:
         write_json(temporary, receipt)
@@ -118,6 +124,12 @@ def merge(
         f"{out}: {changed['matrices_changed']} matrices changed, {changed['tensors_replaced']} tensors replaced; "
         f"sha256 {changed['sha256'][:16]}, receipt {written}"
     )
+    if receipt["states"]:
+        typer.echo(f"{state}: the tuned state, for a client to mount beside the model; it is not in it")
+    if len(receipt["states"]) > 1:
+        typer.echo(
+            f"{tuned_state.whole(state)}: the same with its token shift, which only `rwkvflow chat --state` mounts"
+        )
 
 
 @app.command()

@@ -12,9 +12,11 @@ from torch import Tensor
 from rwkv_core import checkpoint, foreign
 from rwkv_core.adapters import METHODS, file, layer, layer_count, layer_numbers, select
 from rwkv_core.adapters.linear import wide
+from rwkv_core.adapters.state import zeros
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
+from rwkv_core.formats import tuned_state
 
 Make = Callable[[], Tensor]
 
@@ -31,22 +33,27 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all") -> dict[str, Any]:
+def merge(
+    base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all", state: Path | None = None
+) -> dict[str, Any]:
     """Write the checkpoint that computes what base and adapters compute together.
 
     Keys, shapes, order and dtypes are the base's. Each adapter's file says how it is to be merged, and into what; what several
-    change of a tensor is added up, in float32.
+    change of a tensor is added up, in float32. A tuned state can't be merged: it is written beside, for clients to mount.
 
     Args:
         base: a file or a folder.
         adapters: one or more.
         out: the file to write.
+        state: where to write the tuned state, if an adapter has one; one with token shift beside it also, see
+            `tuned_state.whole`. None is the name of `out`, ending in .state.pth.
         layers: which blocks take part and how much, as in merge_lora_plus: "0.2*25-31 31". A block that is not named stays the
             base's; one named twice counts as the last says. Tensors that were trained as they are, such as norms, are
             taken whole, whatever the factor before their block.
 
     Returns:
-        The receipt: digests of what went in and came out, how many matrices were changed, and how many tensors replaced.
+        The receipt: digests of what went in and came out, state files too; how many matrices were changed, and how many tensors
+        replaced.
 
     Raises:
         InputError: a file can't be read or would be overwritten, an adapter was trained on another base, or does not fit it;
@@ -56,13 +63,15 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     if out.resolve() in taken:
         raise InputError(str(out), "it is read, and would be overwritten", "name another file")
     tensors, digest = checkpoint.read(base), sha256(base)
+    start = dict(tensors)  # with the states, of zeros, from which the adapters began
     factors = _factors(layers, tensors)
     shares: dict[str, list[tuple[float, Make]]] = {}
     matrices: set[str] = set()
     entries = []
     for part in adapters:
         parts, config, run = _read(base, digest, part)
-        adapted, replaced = merged(tensors, parts, config, part.path)
+        start |= zeros(tensors, config.state)
+        adapted, replaced = merged(start, parts, config, part.path)
         for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
             factor = part.weight * (factor if name in adapted or not factor else 1.0)
@@ -75,7 +84,8 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
                 "base_checked": run is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
             }
         )  # fmt: skip
-    changed = {name: _sum(tensors[name], of).to(tensors[name].dtype) for name, of in shares.items()}
+    changed = {name: _sum(start[name], of).to(start[name].dtype) for name, of in shares.items()}
+    tuned = {name: changed.pop(name, x) for name, x in start.items() if name not in tensors}
     checkpoint.write(out, tensors | changed)
     return {
         "base": {"path": str(base), "sha256": digest},
@@ -85,6 +95,7 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
             "sha256": sha256(out), "bytes": out.stat().st_size,
             "matrices_changed": len(matrices), "tensors_replaced": len(changed) - len(matrices),
         },
+        "states": _write_states(state or out.with_suffix(".state.pth"), tuned),
     }  # fmt: skip
 
 
@@ -133,6 +144,16 @@ def merged(
             raise _misfit(adapter, module, str(error)) from None
 
     return {f"{module}.weight": partial(make, module) for module in beside}, replaced
+
+
+def _write_states(path: Path, tuned: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write what clients mount; if there is more of the state, also the whole of it. Digest and size of each file, by name."""
+    files = {path: tuned_state.for_clients(tuned)} if tuned else {}
+    if len(tuned) > len(files.get(path, {})):
+        files[tuned_state.whole(path)] = dict(tuned)
+    for where, tensors in files.items():
+        checkpoint.write(where, tensors)
+    return {where.name: {"sha256": sha256(where), "bytes": where.stat().st_size} for where in files}
 
 
 def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:

@@ -13,7 +13,9 @@ from rwkv_core.adapters.bone import BoneLinear
 from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
+from rwkv_core.adapters.state import give
 from rwkv_core.errors import InputError
+from rwkv_core.formats import tuned_state
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
     from rwkv_core.config import AdapterConfig
@@ -21,7 +23,7 @@ if TYPE_CHECKING:  # pydantic is not needed to attach
 METHODS: dict[str, type[AdaptedLinear]] = {
     "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear
 }  # fmt: skip
-"""What stands in a matrix's place, by kind. "full" has none: it trains the model's own parameters."""
+"""What stands in a matrix's place, by kind. "full" and "state" have none: they train parameters of the model itself."""
 
 
 def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
@@ -37,9 +39,10 @@ def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
 
     Raises:
         InputError: a pattern matches nothing, so something would silently not be trained; one asks for a matrix that is
-            adapted; the model has no such layer; or the rank does not fit a matrix.
+            adapted; the model has no such layer; the rank does not fit a matrix; or an RWKV-4 is to have a tuned state.
     """
     model.requires_grad_(False)
+    give(model, config.state)
     parameters = dict(model.named_parameters())
     adapted, also = select(config, parameters)
     generator = torch.Generator().manual_seed(seed)
@@ -61,19 +64,20 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
 
     Args:
         config: the method.
-        tensors: a model's, by their names in a checkpoint.
+        tensors: a model's, by their names in a checkpoint; with a tuned state, if the method has one.
 
     Returns:
-        Names of the matrices that it adapts, without ".weight", and of the tensors that it trains as they are; in the
-        order of `tensors`.
+        Names of the matrices that it adapts, without ".weight", in the order of `tensors`; and of the tensors that it trains as
+        they are, in that order too, the state's last: they are of all blocks, whatever `layers` says.
 
     Raises:
         InputError: as `attach`.
     """
     layers = layer_numbers(config.layers, layer_count(tensors), "adapter.layers")
-    there = [name for name in tensors if not _in_block(name) or layer(name) in layers]
+    own = [name for name in tensors if not tuned_state.is_part(name)]
+    there = [name for name in own if not _in_block(name) or layer(name) in layers]
     adapted: list[str] = []
-    if config.kind != "full":
+    if config.kind != "full" and config.kind != "state":
         ending = ".weight"
         matrices = [
             x.removesuffix(ending) for x in there if _in_block(x) and x.endswith(ending) and tensors[x].ndim == 2
@@ -87,7 +91,7 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
             "that matrix is adapted",
             "leave it to adapter.targets, or take it out there",
         )
-    return adapted, also
+    return adapted, also + [name for name in tensors if inner(name) in tuned_state.PARTS[config.state]]
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

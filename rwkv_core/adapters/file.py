@@ -7,10 +7,10 @@ for it would be copied into the merged model by RWKV-PEFT's merge scripts.
 import json
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from torch import Tensor
 
 from rwkv_core import checkpoint
@@ -41,6 +41,12 @@ class AdapterRecord(Config):
 
     run: str
     """Digest of all that the training depended on: equal digests, equal adapters."""
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _of_before_states(cls, adapter: Any) -> Any:
+        """Until adapters could have a state, their records did not say that they have none."""
+        return {"state": "none"} | adapter if isinstance(adapter, dict) else adapter
 
 
 def write(path: Path, tensors: dict[str, Tensor], record: AdapterRecord) -> None:

@@ -20,7 +20,7 @@ LORA = LoraConfig(
 
 def settings(optimizer=None, **changes):
     values = {
-        "ctx_len": 16, "micro_batch": 2, "accumulate": 2, "epochs": 1.0, "precision": "fp32", "l2_wrap": 1e-4,
+        "ctx_len": 16, "rows": "packed", "micro_batch": 2, "accumulate": 2, "epochs": 1.0, "precision": "fp32", "l2_wrap": 1e-4,
         "validate_every": 5, "validate_rows": 6, "checkpoint_every": 10,
     }  # fmt: skip
     course = {
