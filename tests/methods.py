@@ -18,6 +18,10 @@ OTHERS = [
         targets=("att.*",), layers="0-1", also=("ln*", "ln_out.*", "emb.weight"), state="none",
     ),
     BoneConfig(kind="bone", rank=32, targets=("att.key", "ffn.key"), layers="2 0", also=("att.ln_x.*",), state="wkv"),
+    LoraConfig(
+        kind="lora", rank=4, alpha=8.0, rank_stabilized=False, dropout=0.0,
+        targets=("ffn.*",), layers="0", also=("ln2.*",), state="wkv and token shift",
+    ),
     FullConfig(kind="full", layers="1", also=("att.*", "head.weight"), state="none"),
     StateConfig(kind="state", state="wkv and token shift", layers="all", also=("ln_out.*",)),
 ]  # fmt: skip

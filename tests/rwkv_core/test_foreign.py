@@ -15,7 +15,7 @@ from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
 
-LORA, PISSA, BONE, BAT, _ = EXAMPLES
+LORA, PISSA, BONE, BAT, *_ = EXAMPLES
 NORMS = BONE.model_copy(update={"also": ("ln*", "ln_out.*")})
 V4 = LORA.model_copy(
     update={"targets": ("att.key", "att.value", "att.receptance", "ffn.*"), "also": ("ln*", "att.time_*")}

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from rwkv_core.adapters import METHODS
 from rwkv_core.config import BatConfig, BoneConfig, LoraConfig, PissaConfig
 
-SOME = {"targets": ("x",), "layers": "all", "also": ()}
+SOME = {"targets": ("x",), "layers": "all", "also": (), "state": "none"}
 EXAMPLES = [
     (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, **SOME), 12, 8),
     (LoraConfig(kind="lora", rank=9, alpha=2.0, rank_stabilized=True, dropout=0.0, **SOME), 8, 12),
