@@ -41,9 +41,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_SOFTWARE = 70  # sysexits.h
 
 
-def mounted() -> Path | None:
-    """The state that belongs to the merged model, with all that there is of it."""
-    return next((path for path in (WHOLE_STATE, STATE) if path.exists()), None)
+def mounted(root: Path = Path()) -> Path | None:
+    """The state that belongs to the merged model of a checkout, with all that there is of it."""
+    return next((root / path for path in (WHOLE_STATE, STATE) if (root / path).exists()), None)
 
 
 def main(stage: Stage) -> NoReturn:
