@@ -103,6 +103,13 @@ def test_settings_that_do_not_fit_each_other_are_refused(edited, old, new, found
     assert found in message(edited((old, new)))
 
 
+def test_a_state_and_packed_rows_are_refused(edited):
+    text = message(edited(("state: none", "state: wkv")))
+    assert text.startswith("train.rows = packed: adapter.state stands at a document's beginning")
+    assert text.endswith("; set documents")
+    assert load(edited(("state: none", "state: wkv"), ("rows: packed", "rows: documents"))).adapter.state == "wkv"
+
+
 def test_yaml_that_does_not_parse_names_the_place(edited):
     text = message(edited(("seed: 42", "seed: [42")))
     assert "is not YAML" in text
