@@ -36,7 +36,7 @@ def lora(rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = N
     """As a LoraConfig, without pydantic."""
     return SimpleNamespace(
         kind="lora", rank=rank, alpha=alpha or rank, rank_stabilized=False, dropout=0.0, dora=dora,
-        targets=targets, layers="all", also=(),
+        targets=targets, layers="all", also=(), state="none",
     )  # fmt: skip
 
 

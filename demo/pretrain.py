@@ -11,7 +11,7 @@ from demo.settings import FILE, OUTPUTS, DemoSettings
 from rwkv_core import checkpoint
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.prepare import prepare
-from rwkv_core.data.sampling import PackedRows
+from rwkv_core.data.sampling import rows
 from rwkv_core.files import sha256
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.tokenizer import VOCAB_SIZE, world
@@ -32,14 +32,14 @@ def pretrain() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = RWKV7(RWKV7.new_shape(settings.n_layer, settings.n_embd, settings.head_size, VOCAB_SIZE))
     model.initialize(torch.Generator().manual_seed(settings.seed))
-    optimizer, ctx_len = settings.train.optimizer, settings.train.ctx_len
+    optimizer = settings.train.optimizer
     with tempfile.TemporaryDirectory() as data:
         prepare(source, _VALID, None, world(), Path(data))
         result = fit(
             model,
             model.parameter_groups(optimizer.lr, optimizer.weight_decay),
-            PackedRows(Documents(Path(data, "train")), ctx_len, settings.seed),
-            PackedRows(Documents(Path(data, "valid")), ctx_len, None),
+            rows(Documents(Path(data, "train")), settings.train, settings.seed),
+            rows(Documents(Path(data, "valid")), settings.train, None),
             settings.train,
             seed=settings.seed,
             folder=folder,

@@ -92,11 +92,17 @@ def merge(
         typer.Option(help="Round the base first, as it was in training. Our files say how; none: take it exactly."),
     ] = None,
 ) -> None:
-    """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says."""
+    """Put adapters into their base: one ordinary checkpoint, for every client. How each is merged, its file says.
+
+    A tuned state is not merged: it is written beside, as OUT.state.pth without OUT's own ending, for clients to mount.
+    """
+    from rwkv_core.formats import tuned_state
     from rwkv_core.merge import Part
     from rwkv_core.merge import merge as merge_files
 
-    _refuse_what_is_there(out)
+    state = out.with_suffix(".state.pth")
+    for file in (out, state, tuned_state.whole(state)):
+        _refuse_what_is_there(file)
     parts = []
     for given in adapters:
         weight, star, path = given.partition("*")
@@ -106,7 +112,7 @@ def merge(
             )
         except ValueError:
             raise InputError(given, "what stands before * must be a number", "write 0.5*file.pth") from None
-    receipt = merge_files(base, parts, out, layers=layers)
+    receipt = merge_files(base, parts, out, layers=layers, state=state)
     written = _write_receipt(out, receipt)
     changed = receipt["merged"]
     unknown = [entry["path"] for entry in receipt["adapters"] if not entry["base_checked"]]
@@ -119,6 +125,12 @@ def merge(
         f"{out}: {changed['matrices_changed']} matrices changed, {changed['tensors_replaced']} tensors replaced; "
         f"sha256 {changed['sha256'][:16]}, receipt {written}"
     )
+    if receipt["states"]:
+        typer.echo(f"{state}: the tuned state, for a client to mount beside the model; it is not in it")
+    if len(receipt["states"]) > 1:
+        typer.echo(
+            f"{tuned_state.whole(state)}: the same with its token shift, which only `rwkvflow chat --state` mounts"
+        )
 
 
 @app.command()

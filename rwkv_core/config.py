@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rwkv_core.errors import InputError
+
 
 class Config(BaseModel):
     """Immutable and closed: an unknown key is an error. A field's docstring is its help text."""
@@ -65,7 +67,10 @@ class _Method(Config):
     """What every method is told."""
 
     layers: Annotated[str, Field(pattern=r"^(all|\d+(-\d+)?( \d+(-\d+)?)*)$")]
-    """Blocks to work on, counted from 0: all, or numbers and ranges as in 0-3 25-31."""
+    """Blocks to work on, counted from 0: all, or numbers and ranges as in 0-3 25-31. A state is always of all blocks."""
+
+    state: Literal["none", "wkv", "wkv and token shift"]
+    """Initial state to train beside: none, that of the WKV recurrence, or the token shift's too, which clients can't mount."""
 
 
 class _Beside(_Method):
@@ -129,7 +134,24 @@ class FullConfig(_Method):
     """Parameters to train, by their name inside a block or outside of any: * for all, att.*, ln*, emb.weight."""
 
 
-AdapterConfig = Annotated[LoraConfig | PissaConfig | BoneConfig | BatConfig | FullConfig, Field(discriminator="kind")]
+class StateConfig(_Method):
+    """State tuning: the state that a document begins from is trained, and no matrix."""
+
+    kind: Literal["state"]
+
+    state: Literal["wkv", "wkv and token shift"]
+    """Initial state to train: that of the WKV recurrence, or the token shift's too, which clients can't mount."""
+
+    layers: Literal["all"]
+    """all: a state is of every block."""
+
+    also: Patterns
+    """Parameters trained as they are beside it, by their name inside a block or outside of any: ln*, ln_out.*. May be empty."""
+
+
+AdapterConfig = Annotated[
+    LoraConfig | PissaConfig | BoneConfig | BatConfig | FullConfig | StateConfig, Field(discriminator="kind")
+]
 """A method and its settings."""
 
 
@@ -173,7 +195,10 @@ class TrainConfig(Config):
     """How long to train, on how much at a time."""
 
     ctx_len: int = Field(ge=2, le=1_048_576)
-    """Tokens per row. Documents are packed end to end, so none is cut off and each token is learned once an epoch."""
+    """Tokens per row; of rows that are documents, the most."""
+
+    rows: Literal["packed", "documents"]
+    """packed: documents end to end, none cut off. documents: one a row, cut at ctx_len; a tuned state needs it."""
 
     micro_batch: int = Field(ge=1)
     """Rows per forward pass."""
@@ -200,6 +225,19 @@ class TrainConfig(Config):
     """Optimizer steps between two checkpoints. A killed run loses at most these."""
 
     optimizer: OptimizerConfig
+
+    def check_rows(self, after_state: bool) -> None:
+        """Refuse rows that no tuned state could stand before.
+
+        Raises:
+            InputError: they are packed, and a state is trained.
+        """
+        if after_state and self.rows == "packed":
+            raise InputError(
+                "train.rows = packed",
+                "adapter.state stands at a document's beginning, and packed rows begin anywhere",
+                "set documents",
+            )
 
 
 class SampleConfig(Config):

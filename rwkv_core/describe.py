@@ -12,6 +12,7 @@ from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file
 from rwkv_core.files import sha256
 from rwkv_core.formats import container
+from rwkv_core.formats.tuned_state import for_clients, is_part
 
 # Ends of names in adapters, ours and others', without ".weight": the method of each, and which axis has the rank.
 _PARTS = {
@@ -28,16 +29,20 @@ def describe(path: Path) -> dict[str, Any]:
     """
     tensors = {checkpoint.stripped(name): x for name, x in container.read(path).items()} if path.is_file() else {}
     parts = {name: x for name, x in tensors.items() if _part(name) in _PARTS}
-    states = {name: x for name, x in tensors.items() if name.endswith(".time_state")}
+    states, of_states = for_clients(tensors), [name for name in tensors if is_part(name)]
     record = file.read_record(path) if path.is_file() else None
     if record is not None:
         about = record.model_dump(mode="json", exclude={"format"})
-        found = {"is": "an adapter of RWKV-Flow", "kind": record.adapter.kind, **about.pop("adapter"), **about}
+        found = {"is": "an adapter of RWKV-Flow", **about.pop("adapter"), **about}
+        if record.adapter.state != "none":
+            found["is"] += ", with a tuned state" if record.adapter.kind != "state" else ": a tuned state"
     elif parts:
         found = _adapter(tensors, parts)
-    elif states and len(states) == len(tensors):
+    elif states and len(of_states) == len(tensors):
         heads, size = next(iter(states.values())).shape[-3:-1]
         found = {"is": "a tuned state", "n_layer": len(states), "n_embd": heads * size, "head_size": size}
+        if len(states) < len(tensors):
+            found["is"] += " with token shift, which RWKV-Flow alone mounts"
     else:
         tensors = checkpoint.read(path)
         shape = models.version_of(tensors, path).shape_of(tensors, models.divisor(path))

@@ -1,17 +1,19 @@
 """Is the tuned model better than its base? Both score the same held-out documents, and the difference gets an interval."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kernels.head_loss import IGNORE, token_nll
 from rwkv_core import memory
 from rwkv_core.data.binidx import Documents
 from rwkv_core.models.skeleton import RWKV
+from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import END, Tokenizer
 
 Array = npt.NDArray[np.float64]
@@ -24,10 +26,11 @@ class Scores(NamedTuple):
     """What a model makes of each document, in the documents' order. (D,) each."""
 
     nats: Array
-    """Sum of the cross-entropies of its tokens, the end token included, after a token 0."""
+    """Sum of the cross-entropies of its tokens, the end token included."""
     tokens: Array
+    """How many these are."""
     bytes: Array
-    """Of its text, without the end token."""
+    """Of their text."""
 
     def loss(self) -> float:
         """Mean cross-entropy in nats a token."""
@@ -52,11 +55,14 @@ def score(
     *,
     ctx_len: int,
     batch: int,
+    state: Mapping[str, Tensor] | None = None,
+    skip_first: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score every document whole, whatever its length: the state goes from slice to slice of `ctx_len` tokens.
 
-    Documents of like length share a batch; the scores do not depend on that.
+    Documents of like length share a batch; the scores do not depend on that. A document is read after token 0, from which its
+    first token is predicted; or after a tuned state, and it is not. Two models are compared on the tokens that both predict.
 
     Args:
         model: in evaluation mode.
@@ -64,9 +70,11 @@ def score(
         tokenizer: to count the bytes by.
         ctx_len: tokens of each document that go through the model at once. It bounds the memory.
         batch: documents side by side.
+        state: tuned, see `mount`; each document begins from it, without a token 0.
+        skip_first: leave the first token of each document out of the score; after a state it always is.
         progress: is told how many documents are done, and how many there are.
     """
-    device = model.emb.weight.device
+    device, skipped = model.emb.weight.device, int(skip_first or state is not None)
     order = np.argsort(documents.sizes, kind="stable")[::-1]  # the largest first: too little memory shows at once
     nats = np.zeros(len(documents))
     for start in range(0, len(order), batch):
@@ -76,18 +84,20 @@ def score(
         tokens[:, 0] = END
         for row, i in enumerate(chosen):
             tokens[row, 1 : 1 + int(documents.sizes[i])] = torch.from_numpy(documents[int(i)].astype(np.int64))
-        tokens, state = tokens.to(device), None
-        for at in range(0, longest, ctx_len):
-            targets = tokens[:, at + 1 : at + 1 + ctx_len]
+        tokens, carried = tokens.to(device), None if state is None else mount(model.initial_state(len(chosen)), state)
+        goals = tokens.clone()
+        goals[:, 1] = IGNORE if skipped else goals[:, 1]
+        for at in range(0 if state is None else 1, longest, ctx_len):
+            targets = goals[:, at + 1 : at + 1 + ctx_len]
             inputs = tokens[:, at : at + targets.shape[1]].clamp(min=END)
-            features, state = model.features(inputs, state)
+            features, carried = model.features(inputs, carried)
             nll = token_nll(features.flatten(0, 1), model.head.weight, targets.flatten())
             nats[chosen] += nll.view(targets.shape).double().sum(1).cpu().numpy()
         if progress is not None:
             progress(start + len(chosen), len(order))
     lengths = np.array([len(entry) for entry in tokenizer.table])
-    count = np.array([lengths[np.asarray(documents[i])].sum() for i in range(len(documents))])
-    return Scores(nats, documents.sizes.astype(np.float64), count.astype(np.float64))
+    count = np.array([lengths[np.asarray(documents[i][skipped:])].sum() for i in range(len(documents))])
+    return Scores(nats, documents.sizes.astype(np.float64) - skipped, count.astype(np.float64))
 
 
 def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, seed: int) -> dict[str, Any]:

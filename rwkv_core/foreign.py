@@ -83,6 +83,7 @@ def _config(
         "targets": tuple(dict.fromkeys(inner(name) for name in modules)),
         "layers": " ".join(map(str, numbers)),
         "also": tuple(dict.fromkeys(inner(name) for name in tensors if name not in parts)),
+        "state": "none",
     }
     is_lora = "disha" not in ends and not any(end.startswith("init") for end in ends)
     if is_lora:

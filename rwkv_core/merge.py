@@ -12,9 +12,11 @@ from torch import Tensor
 from rwkv_core import checkpoint, foreign
 from rwkv_core.adapters import file, is_matrix, layer, layer_count, layer_numbers, method, select
 from rwkv_core.adapters.linear import wide
+from rwkv_core.adapters.state import zeros
 from rwkv_core.config import AdapterConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
+from rwkv_core.formats import tuned_state
 from rwkv_core.quantize import Form, rounded
 
 Make = Callable[[], Tensor]
@@ -35,22 +37,27 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all") -> dict[str, Any]:
+def merge(
+    base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all", state: Path | None = None
+) -> dict[str, Any]:
     """Write the checkpoint that computes what base and adapters compute together.
 
     Keys, shapes, order and dtypes are the base's. Each adapter's file says how it is to be merged, and into what; what several
-    change of a tensor is added up, in float32.
+    change of a tensor is added up, in float32. A tuned state can't be merged: it is written beside, for clients to mount.
 
     Args:
         base: a file or a folder.
         adapters: one or more.
         out: the file to write.
+        state: where to write the tuned state, if an adapter has one; one with token shift beside it also, see
+            `tuned_state.whole`. None is the name of `out`, ending in .state.pth.
         layers: which blocks take part and how much, as in merge_lora_plus: "0.2*25-31 31". A block that is not named stays the
             base's; one named twice counts as the last says. Tensors that were trained as they are, such as norms, are
             taken whole, whatever the factor before their block.
 
     Returns:
-        The receipt: digests of what went in and came out, how many matrices were changed, and how many tensors replaced.
+        The receipt: digests of what went in and came out, state files too; how many matrices were changed, and how many tensors
+        replaced.
 
     Raises:
         InputError: a file can't be read or would be overwritten, an adapter was trained on another base, or does not fit it;
@@ -60,6 +67,7 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     if out.resolve() in taken:
         raise InputError(str(out), "it is read, and would be overwritten", "name another file")
     tensors, digest = checkpoint.read(base), sha256(base)
+    start = dict(tensors)  # with the states, of zeros, from which the adapters began
     factors = _factors(layers, tensors)
     shares: dict[str, list[tuple[float, Make]]] = {}
     matrices: set[str] = set()
@@ -67,7 +75,8 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
     alone = len(adapters) == 1 and adapters[0].weight == 1 and layers == "all"
     for part in adapters:
         parts, config, quantize, record = _read(base, digest, part, alone)
-        adapted, replaced = merged(tensors, parts, config, part.path, quantize)
+        start |= zeros(tensors, config.state)
+        adapted, replaced = merged(start, parts, config, part.path, quantize)
         for name, make in (adapted | replaced).items():
             factor = _factor(factors, name)
             factor = part.weight * (factor if name in adapted or not factor else 1.0)
@@ -86,14 +95,16 @@ def merge(base: Path, adapters: Sequence[Part], out: Path, *, layers: str = "all
         {name: (x.shape, x.dtype) for name, x in tensors.items()},
         (_sum(x, shares.get(name, ())).to(x.dtype) for name, x in checkpoint.one_by_one(tensors)),
     )
+    tuned = {name: _sum(x, shares.get(name, ())).to(x.dtype) for name, x in start.items() if name not in tensors}
     return {
         "base": {"path": str(base), "sha256": digest},
         "adapters": entries,
         "layers": layers,
         "merged": {
             "sha256": sha256(out), "bytes": out.stat().st_size,
-            "matrices_changed": len(matrices), "tensors_replaced": len(shares) - len(matrices),
+            "matrices_changed": len(matrices), "tensors_replaced": len(shares.keys() & tensors.keys()) - len(matrices),
         },
+        "states": _write_states(state or out.with_suffix(".state.pth"), tuned),
     }  # fmt: skip
 
 
@@ -159,6 +170,16 @@ def merged(
             if is_matrix(name, x) and name not in changed
         }
     return changed, replaced
+
+
+def _write_states(path: Path, tuned: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write what clients mount; if there is more of the state, also the whole of it. Digest and size of each file, by name."""
+    files = {path: tuned_state.for_clients(tuned)} if tuned else {}
+    if len(tuned) > len(files.get(path, {})):
+        files[tuned_state.whole(path)] = dict(tuned)
+    for where, tensors in files.items():
+        checkpoint.write(where, tensors)
+    return {where.name: {"sha256": sha256(where), "bytes": where.stat().st_size} for where in files}
 
 
 def _sum(base: Tensor, shares: Sequence[tuple[float, Make]]) -> Tensor:

@@ -108,6 +108,7 @@ def _config(tensors: Mapping[str, Tensor], changed: Sequence[str], rank: int) ->
     beside: dict[str, Any] = {
         "layers": "all" if everywhere else " ".join(map(str, numbers)),
         "also": tuple(dict.fromkeys(inner(name) for name in changed if name not in matrices)),
+        "state": "none",
     }
     if not matrices:
         return FullConfig(kind="full", **beside)

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_core import checkpoint, models, report
 from rwkv_core import evaluate as evaluation
-from rwkv_core import models, report
 from rwkv_core.data.binidx import Documents
 from rwkv_core.evaluate import Scores
 from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import generate
+from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import Tokenizer, named
 from tasks import stage, tracking
 from tasks.params import Params, load
@@ -30,8 +31,9 @@ def evaluate() -> None:
         *evaluation.held_out_prompts(documents, tokenizer, settings.samples.held_out),
     ]
     scores, texts = {}, {}
+    state = stage.mounted()
     for name, path in (("base", params.model.base), ("tuned", stage.MODEL)):  # one in memory at a time
-        scores[name], texts[name] = _judge(name, path, documents, tokenizer, prompts, params)
+        scores[name], texts[name] = _judge(name, path, state, documents, tokenizer, prompts, params)
     comparison = evaluation.compare(
         scores["base"],
         scores["tuned"],
@@ -47,6 +49,8 @@ def evaluate() -> None:
         write_json(out / "metrics.json", comparison)
         write_json(out / "samples.json", samples)
         receipt = {"base": {"sha256": sha256(params.model.base)}, "tuned": {"sha256": sha256(stage.MODEL)}}
+        if state is not None:
+            receipt["tuned"]["state_sha256"] = sha256(state)
         write_json(out / "receipt.json", receipt)
         _write_documents(out / "documents.csv", scores["base"], scores["tuned"])
         pictures = _pictures(scores["base"], scores["tuned"])
@@ -64,8 +68,15 @@ def evaluate() -> None:
 
 
 def _judge(
-    name: str, path: Path, documents: Documents, tokenizer: Tokenizer, prompts: list[str], params: Params
+    name: str,
+    path: Path,
+    state: Path | None,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    params: Params,
 ) -> tuple[Scores, list[str]]:
+    """Scores and samples of the base or of the tuned model, on which the state is mounted, if there is one."""
     import torch
 
     settings, device = params.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,9 +93,18 @@ def _judge(
             print(f"scoring the {name}: {done} of {total} documents", flush=True)
             shown = time.monotonic()
 
+    tuned = checkpoint.read(state) if state is not None and name == "tuned" else None
     scores = evaluation.score(
-        model, documents, tokenizer, ctx_len=settings.ctx_len, batch=settings.batch, progress=progress
+        model,
+        documents,
+        tokenizer,
+        ctx_len=settings.ctx_len,
+        batch=settings.batch,
+        state=tuned,
+        skip_first=state is not None,
+        progress=progress,
     )
+    begin = None if tuned is None else mount(model.initial_state(1), tuned)
     wanted = settings.samples
     sampling = Sampling(
         max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=params.seed
@@ -92,7 +112,13 @@ def _judge(
     texts = [
         continuation.text
         for continuation in generate(
-            model, tokenizer, prompts, sampling, ctx_len=settings.ctx_len, batch=settings.batch
+            model,
+            tokenizer,
+            prompts,
+            sampling,
+            ctx_len=settings.ctx_len,
+            batch=settings.batch,
+            states=[begin] * len(prompts),
         )
     ]
     return scores, texts
@@ -134,7 +160,11 @@ def _words(settings: Mapping[str, Any]) -> Iterator[str]:
 def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     adapter, train = params.adapter, params.train
-    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers"})
+    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers", "state"})
+    trained = [*getattr(adapter, "targets", ()), *adapter.also]
+    trained += [f"the initial state ({adapter.state})"] if adapter.state != "none" else []
+    tuned = receipt["tuned"]
+    mounted = {"mounted state sha256": tuned["state_sha256"][:16]} if "state_sha256" in tuned else {}
     return {
         "Data": {
             "source": manifest["source"]["path"],
@@ -146,11 +176,12 @@ def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict
         "Model": {
             "base": params.model.base,
             "base sha256": receipt["base"]["sha256"][:16],
-            "tuned sha256": receipt["tuned"]["sha256"][:16],
+            "tuned sha256": tuned["sha256"][:16],
+            **mounted,
         },
         "Training": {
             "method": ", ".join([adapter.kind, *_words(settings)]),
-            "trained": ", ".join((*getattr(adapter, "targets", ()), *adapter.also)) + f"; layers: {adapter.layers}",
+            "trained": f"{', '.join(trained)}; layers: {adapter.layers}",
             "epochs": f"{train.epochs:g}",
             "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
             "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",

@@ -9,13 +9,17 @@ from tasks.params import load
 
 
 def export() -> None:
-    """outputs/merged -> outputs/export: model.pth, model.st, and conformance.json."""
+    """outputs/merged -> outputs/export: model.pth, model.st, conformance.json; of a tuned state, state.pth and model.state."""
     params = load()
     with whole_folder(stage.EXPORT) as out:
-        report = export_files(stage.MODEL, out, params.export.formats, params.export.dtype)
+        report = export_files(stage.MODEL, out, params.export.formats, params.export.dtype, stage.mounted())
         write_json(out / "conformance.json", report)
     tracking.publish(Path.cwd(), params.tracking)
-    print(f"exported {', '.join(str(stage.EXPORT / entry['file']) for entry in report['formats'].values())}")
+    entries = [
+        *report["formats"].values(),
+        *(entry["state"] for entry in report["formats"].values() if "state" in entry),
+    ]
+    print(f"exported {', '.join(str(stage.EXPORT / entry['file']) for entry in entries)}")
 
 
 if __name__ == "__main__":

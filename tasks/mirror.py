@@ -162,7 +162,9 @@ def note(record: RunRecord, numbers: dict[str, float]) -> str:
     return "\n".join(lines)[:_TAG_LENGTH]
 
 
-def current_parts(root: Path, record: RunRecord, adapter: str | None, merged: str | None) -> list[str]:
+def current_parts(
+    root: Path, record: RunRecord, adapter: str | None, merged: str | None, state: str | None = None
+) -> list[str]:
     """The stages whose outputs belong to the adapter that is there.
 
     After a new training the old merged model and the old report still lie there, until their own stages run; and new
@@ -174,6 +176,8 @@ def current_parts(root: Path, record: RunRecord, adapter: str | None, merged: st
         record: the run's.
         adapter: sha256 of outputs/train/adapter.pth.
         merged: sha256 of outputs/merged/model.pth.
+        state: sha256 of the tuned state beside it, if there is one. Where nothing else was trained, the merged model is the
+            base, and the state alone tells what it is.
     """
     parts = ["train"]
     outputs = root / "outputs"
@@ -181,7 +185,8 @@ def current_parts(root: Path, record: RunRecord, adapter: str | None, merged: st
     if not data or data & {value for value in flat(record.data).values() if _is_hash(value)}:
         parts.append("data")
     base = record.base.get("sha256")
-    for part, makers in (("merged", {adapter}), ("evaluate", {adapter, merged}), ("export", {adapter, merged})):
+    later = {adapter, merged} if state is None else {adapter, state}
+    for part, makers in (("merged", {adapter}), ("evaluate", later), ("export", later)):
         named = set().union(*(made_from(file) for file in (outputs / part).glob("*.json"))) - {base}
         follows = part == "merged" or "merged" in parts or not (outputs / "merged").exists()
         if (outputs / part).is_dir() and follows and (not named or named & makers):
@@ -191,7 +196,9 @@ def current_parts(root: Path, record: RunRecord, adapter: str | None, merged: st
 
 def made_from(path: Path) -> set[str]:
     """The sha256 digests of models that a JSON file names."""
-    return {value for key, value in flat(read_json(path)).items() if _is_hash(value) and _MADE_FROM.search(key)}
+    values = read_json(path)
+    values |= {f"{key}.{i}": entry for key, x in values.items() if isinstance(x, list) for i, entry in enumerate(x)}
+    return {value for key, value in flat(values).items() if _is_hash(value) and _MADE_FROM.search(key)}
 
 
 def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
@@ -217,13 +224,14 @@ def version_tags(record: RunRecord, root: Path, parts: Iterable[str], hashes: di
         record: the run's.
         root: the checkout.
         parts: stages whose outputs belong to it.
-        hashes: sha256 of "adapter" and "merged".
+        hashes: sha256 of "adapter", "merged" and "state".
     """
     found: dict[str, Any] = {
         RUN_TAG: record.id,
         "base.sha256": record.base.get("sha256"),
         "adapter.sha256": hashes["adapter"],
         "merged.sha256": hashes["merged"],
+        "state.sha256": hashes["state"],
         "adapter.kind": record.params.get("adapter", {}).get("kind"),
         "git.commit": record.git.get("commit"),
     }

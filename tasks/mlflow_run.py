@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,27 +286,28 @@ class Server:
                 tag = json.dumps(stored, separators=(",", ":"))
             self.put_tags(run, {_ARTIFACTS_TAG: tag})
 
-    def put_version(self, run: "Run", model: Path, digest: str, tags: dict[str, str], description: str) -> None:
-        """Register a merged model, once for its bytes, and bring the tags of its version up to date.
+    def put_version(self, run: "Run", files: Sequence[Path], tags: dict[str, str], description: str) -> None:
+        """Register a merged model, once for its bytes and those of its state, and bring the tags of its version up to date.
 
         Args:
-            run: the run that made it, which stores the file.
-            model: the checkpoint.
-            digest: its sha256.
-            tags: of the version; one is merged.sha256.
+            run: the run that made it, which stores the files.
+            files: the checkpoint, and a tuned state to mount on it, if there is one.
+            tags: of the version; merged.sha256 and state.sha256 tell it from others.
             description: of a new version.
         """
         from mlflow.exceptions import MlflowException
 
         name = self._tracking.registered_model
         versions = self._client.search_model_versions(f"name='{name}'")
-        found = next((v for v in versions if v.tags.get("merged.sha256") == digest), None)
+        digests = [tags.get(f"{part}.sha256") for part in ("merged", "state")]
+        found = next((v for v in versions if [v.tags.get(f"{p}.sha256") for p in ("merged", "state")] == digests), None)
         if found is None:
             with contextlib.suppress(MlflowException):  # it exists; what else may be wrong, the next call says
                 self._client.create_registered_model(name)
             # a folder for each: the next model of the same run must not take the place of this version's file
-            folder = f"merged/{digest[:12]}"
-            self._store(run, model, f"{folder}/{model.name}", link=True)
+            folder = f"merged/{'-'.join(digest[:12] for digest in digests if digest)}"
+            for file in files:
+                self._store(run, file, f"{folder}/{file.name}", link=True)
             source = f"{run.info.artifact_uri}/{folder}"
             self._client.create_model_version(
                 name, source, run.info.run_id, tags=tags, description=description, await_creation_for=0

@@ -43,9 +43,12 @@ def load(path: Path = Path("params.yaml")) -> Params:
     """The parameters in `path`.
 
     Raises:
-        InputError: the file is missing or not YAML, or some values are not valid; all mistakes are named at once.
+        InputError: the file is missing or not YAML, or some values are not valid; all mistakes are named at once, but for those
+            between sections.
     """
-    return read(path, Params)
+    params = read(path, Params)
+    params.train.check_rows(params.adapter.state != "none")
+    return params
 
 
 def read(path: Path, schema: type[T]) -> T:

@@ -27,6 +27,10 @@ DATA, TRAIN, MERGED, EVALUATE, EXPORT = (OUTPUTS / n for n in ("data", "train", 
 MANIFEST = DATA / "manifest.json"
 ADAPTER = TRAIN / "adapter.pth"
 MODEL = MERGED / "model.pth"
+STATE = MERGED / "state.pth"
+"""What clients mount beside it, if a state was tuned."""
+WHOLE_STATE = MERGED / "state.rwkv-flow.pth"
+"""The same with its token shift, if that was tuned too."""
 
 NESTED = "RWKVFLOW_FLOW_RUN"
 """Environment variable that the pipeline flow sets to its own id: the stage is nested in it."""
@@ -35,6 +39,11 @@ Stage = Callable[[], None]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_SOFTWARE = 70  # sysexits.h
+
+
+def mounted(root: Path = Path()) -> Path | None:
+    """The state that belongs to the merged model of a checkout, with all that there is of it."""
+    return next((root / path for path in (WHOLE_STATE, STATE) if (root / path).exists()), None)
 
 
 def main(stage: Stage) -> NoReturn:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import Interrupted, Problem, WorldError
-from tasks import mirror
+from tasks import mirror, stage
 from tasks.mlflow_run import CURVE_TAG, MIRROR_TAG, Ledger, Server, import_mlflow, peek, without_password
 from tasks.record import FILE, RunRecord, Status, main_root
 
@@ -231,7 +231,7 @@ class _Publisher:
         ledger = Ledger(self._main, record.id)
         with ledger.lock(60):
             hashes = _hashes(root, ledger)
-            parts = mirror.current_parts(root, record, hashes["adapter"], hashes["merged"])
+            parts = mirror.current_parts(root, record, **hashes)
             files = {place: (path, ledger.digest(path)) for place, path in mirror.files(root, parts).items()}
             curve = folder / mirror.LIVE if folder is not None and (folder / mirror.LIVE).exists() else None
             wanted = self._digest(record, parts, hashes, files, curve)
@@ -262,9 +262,9 @@ class _Publisher:
             server.put_note(run, note)
             server.put_status(run, record.status, record.finished)
             if "merged" in parts and hashes["merged"] is not None:
-                model = root / "outputs" / "merged" / "model.pth"
                 tags = mirror.version_tags(record, root, parts, hashes)
-                server.put_version(run, model, hashes["merged"], tags, note.partition("\n")[0])
+                models = sorted((root / stage.MERGED).glob("*.pth"))
+                server.put_version(run, models, tags, note.partition("\n")[0])
             server.put_tags(run, {MIRROR_TAG: wanted})
             ledger.note(self._uri, run=run.info.run_id, status=record.status)
 
@@ -351,12 +351,13 @@ def _collectors() -> list[_Collector]:
 
 
 def _hashes(root: Path, ledger: Ledger) -> dict[str, str | None]:
-    """sha256 of the adapter and of the merged model; the latter, gigabytes, from its receipt where that says it."""
-    adapter, merged = root / "outputs/train/adapter.pth", root / "outputs/merged/model.pth"
+    """sha256 of adapter, merged model and tuned state; of the model, gigabytes, from its receipt where that says it."""
+    adapter, merged, state = root / stage.ADAPTER, root / stage.MODEL, stage.mounted(root)
     receipt = mirror.flat(mirror.read_json(merged.parent / "receipt.json"))
     return {
         "adapter": ledger.digest(adapter) if adapter.exists() else None,
         "merged": (receipt.get("merged.sha256") or ledger.digest(merged)) if merged.exists() else None,
+        "state": ledger.digest(state) if state is not None else None,
     }
 
 

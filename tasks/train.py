@@ -14,7 +14,7 @@ from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.sampling import PackedRows
+from rwkv_core.data.sampling import LeftOut, rows
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.training.callbacks import LAST
@@ -47,6 +47,9 @@ def train() -> None:
             f"{params.model.base} has a vocabulary of {model.config.vocab_size}",
             "set the tokenizer of this model",
         )
+    after_state = params.adapter.state != "none"
+    lessons = rows(Documents(stage.DATA / "train"), params.train, params.seed, after_state=after_state)
+    test = rows(Documents(stage.DATA / "valid"), params.train, None, after_state=after_state)
     originals = checkpoint.read(params.model.base) if params.model.quantize != "none" else None
     adapted = attach(model, params.adapter, params.seed, originals)
     del originals
@@ -56,13 +59,19 @@ def train() -> None:
         f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}; run {digest}",
         flush=True,
     )
+    if lessons.left_out.documents:
+        print(
+            f"train.ctx_len = {params.train.ctx_len} cuts {lessons.left_out.documents} of {lessons.per_epoch} documents off: "
+            f"{lessons.left_out.tokens} tokens are left out in every epoch",
+            flush=True,
+        )
     _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
     with tracking.Live(folder, params.tracking) as live:
         result = fit(
             model,
             model.parameter_groups(params.train.optimizer.lr, params.train.optimizer.weight_decay),
-            PackedRows(Documents(stage.DATA / "train"), params.train.ctx_len, params.seed),
-            PackedRows(Documents(stage.DATA / "valid"), params.train.ctx_len, None),
+            lessons,
+            test,
             params.train,
             seed=params.seed,
             folder=folder,
@@ -84,12 +93,14 @@ def train() -> None:
         _write_table(stage.TRAIN / "history.csv", result.history["train"])
         _write_table(stage.TRAIN / "valid.csv", result.history["valid"])
         with whole_file(stage.TRAIN / "metrics.json") as temporary:
-            write_json(temporary, _metrics(result))
+            write_json(temporary, _metrics(result, lessons.left_out))
     record = RunRecord.read(folder)
     record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
     tracking.publish(Path.cwd(), params.tracking)
     (folder / LAST).unlink(missing_ok=True)  # last of all: killed before this, the stage has nothing to learn again
-    print(f"held-out loss {_metrics(result)['valid_loss']:.4f} after {result.steps} steps; run {record.id}")
+    print(
+        f"held-out loss {result.history['valid'][result.steps]['loss']:.4f} after {result.steps} steps; run {record.id}"
+    )
 
 
 def run_digest(params: Params, base_sha256: str) -> str:
@@ -118,11 +129,13 @@ def _record(
     record.write(folder)
 
 
-def _metrics(result: Result) -> dict[str, float]:
+def _metrics(result: Result, left_out: LeftOut) -> dict[str, float]:
     last, valid = result.history["train"][result.steps], result.history["valid"]
     return {
         "steps": result.steps,
         "tokens": result.tokens,
+        "documents_cut": left_out.documents,
+        "tokens_left_out": left_out.tokens,
         "loss": last["loss"],
         "valid_loss": valid[result.steps]["loss"],
         "valid_loss_before": valid[0]["loss"],

@@ -14,7 +14,9 @@ from rwkv_core.adapters.dora import DoraLinear
 from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
+from rwkv_core.adapters.state import give
 from rwkv_core.errors import InputError
+from rwkv_core.formats import tuned_state
 from rwkv_core.quantize import Packed, hold
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
@@ -23,7 +25,7 @@ if TYPE_CHECKING:  # pydantic is not needed to attach
 METHODS: dict[str, type[AdaptedLinear]] = {
     "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear
 }  # fmt: skip
-"""What stands in a matrix's place, by kind. "full" has none: it trains the model's own parameters."""
+"""What stands in a matrix's place, by kind. "full" and "state" have none: they train parameters of the model itself."""
 
 
 def method(config: "AdapterConfig") -> type[AdaptedLinear]:
@@ -48,9 +50,11 @@ def attach(
 
     Raises:
         InputError: a pattern matches nothing, so something would silently not be trained; one asks for a matrix that is
-            adapted, or packed; the model has no such layer; or the rank does not fit a matrix.
+            adapted, or packed; the model has no such layer; the rank does not fit a matrix; or an RWKV-4 is to have a tuned
+            state.
     """
     model.requires_grad_(False)
+    give(model, config.state)
     parameters = dict(_parameters(model))
     adapted, also = select(config, parameters)
     packed = [name for name in also if parameters[name].is_meta]
@@ -102,19 +106,20 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
 
     Args:
         config: the method.
-        tensors: a model's, by their names in a checkpoint.
+        tensors: a model's, by their names in a checkpoint; with a tuned state, if the method has one.
 
     Returns:
-        Names of the matrices that it adapts, without ".weight", and of the tensors that it trains as they are; in the
-        order of `tensors`.
+        Names of the matrices that it adapts, without ".weight", in the order of `tensors`; and of the tensors that it trains as
+        they are, in that order too, the state's last: they are of all blocks, whatever `layers` says.
 
     Raises:
         InputError: as `attach`.
     """
     layers = layer_numbers(config.layers, layer_count(tensors), "adapter.layers")
-    there = [name for name in tensors if not _in_block(name) or layer(name) in layers]
+    own = [name for name in tensors if not tuned_state.is_part(name)]
+    there = [name for name in own if not _in_block(name) or layer(name) in layers]
     adapted: list[str] = []
-    if config.kind != "full":
+    if config.kind != "full" and config.kind != "state":
         matrices = [name.removesuffix(".weight") for name in there if is_matrix(name, tensors[name])]
         adapted = _matching("targets", config.targets, matrices)
     also = _matching("also", config.also, there)
@@ -125,7 +130,7 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
             "that matrix is adapted",
             "leave it to adapter.targets, or take it out there",
         )
-    return adapted, also
+    return adapted, also + [name for name in tensors if inner(name) in tuned_state.PARTS[config.state]]
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class AdapterRecord(Config):
         """What a method could not do yet, its records do not say."""
         if not isinstance(adapter, dict):
             return adapter
-        return ({"dora": False} if adapter.get("kind") == "lora" else {}) | adapter
+        return {"state": "none"} | ({"dora": False} if adapter.get("kind") == "lora" else {}) | adapter
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: AdapterRecord) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file
+from rwkv_core.adapters.state import give
 from rwkv_core.checkpoint import DTYPES, Dtype
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import sha256
@@ -136,8 +136,8 @@ def open_chat(
     Args:
         path: the model.
         sampling: of each answer.
-        adapter: trained on it, of RWKV-Flow; it works beside the matrices, unmerged, as in training.
-        state: tuned on it; the conversation begins from it.
+        adapter: trained on it, of RWKV-Flow. If it has a tuned state, the conversation begins from that.
+        state: a file of a state tuned on it; the conversation begins from it.
         tokenizer: a `tokenizers` file, where the vocabulary is none of ours.
         system: said to the model before the first turn.
         dtype: what to compute in.
@@ -145,7 +145,7 @@ def open_chat(
         head_size_divisor: as of `models.load`.
 
     Raises:
-        InputError: a file can't be read, or does not fit the model.
+        InputError: a file can't be read, or does not fit the model; or two states are given.
         WorldError: the device or a package is missing.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -153,16 +153,22 @@ def open_chat(
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(path, dtype=DTYPES.get(dtype), device=where, head_size_divisor=head_size_divisor)
     words = for_vocabulary(model.config.vocab_size, tokenizer)
-    if adapter is not None:
-        _put_in(model, path, adapter)
-    begin = None if state is None else mount(model.initial_state(1), checkpoint.read(state))
+    tuned = adapter is not None and _put_in(model, path, adapter)
+    if tuned and state is not None:
+        raise InputError(f"--state {state}", f"{adapter} has a state of its own", "give one of them")
+    begin = model.initial_state(1) if tuned else None
+    if state is not None:
+        begin = mount(model.initial_state(1), checkpoint.read(state))
     return Chat(model.eval(), words, sampling, system=system, state=begin)
 
 
-def _put_in(model: nn.Module, base: Path, adapter: Path) -> None:
-    """Merge the adapter into the loaded model: tokens then cost no more than the base's."""
+@torch.no_grad()
+def _put_in(model: RWKV, base: Path, adapter: Path) -> bool:
+    """Merge the adapter into the loaded model: tokens then cost no more than the base's. Whether it has a tuned state."""
     parts, record = file.read_for(base, sha256(base), adapter, "give that one")
+    give(model, record.adapter.state)
     tensors = model.state_dict()
     adapted, replaced = merged(tensors, parts, record.adapter, adapter, record.quantize)
     for name, make in (adapted | replaced).items():
         tensors[name].copy_(make())
+    return record.adapter.state != "none"

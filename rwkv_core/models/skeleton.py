@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from kernels.choice import Op
 from kernels.linear import linear
 from kernels.token_shift import Norm, mix
+from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.models.remake import Remake
-from rwkv_core.models.state import BlockState, State
+from rwkv_core.models.state import BlockState, State, mount
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,11 @@ class RWKV(nn.Module, ABC):
         """Set every value of a block but its layer norms."""
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token; `rwkv_core.models.state.mount` puts a tuned one in."""
+        """The state before the first token: the tuned one, if the blocks have its parameters, else as if nothing was read."""
         none = self.ln_out.weight.new_zeros(batch, self.config.n_embd)
-        return [BlockState(none, self.initial_wkv(batch), none) for _ in range(self.config.n_layer)]
+        state = [BlockState(none, self.initial_wkv(batch), none) for _ in range(self.config.n_layer)]
+        tuned = {name: p for name, p in self.named_parameters() if is_part(name)}
+        return mount(state, tuned) if tuned else state
 
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What the head reads: tokens (B, T) int64 -> (B, T, C), and the state after the last token."""

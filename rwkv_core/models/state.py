@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import InputError
+from rwkv_core.formats import tuned_state
 
 
 class BlockState(NamedTuple):
@@ -39,29 +40,42 @@ def concatenate(states: Sequence[State]) -> State:
     ]
 
 
+_FIELDS = {tuned_state.WKV: "wkv", **dict(zip(tuned_state.SHIFTS, ("att_shift", "ffn_shift"), strict=True))}
+
+
 def mount(state: State, tuned: Mapping[str, Tensor]) -> State:
-    """The state with its WKV parts replaced by those of a state file, the result of state tuning.
+    """The state with parts replaced by those of a tuned one. Gradients reach these.
 
     Args:
         state: from `initial_state`, of RWKV-5, 6 or 7.
-        tuned: as the official state files have it: "blocks.0.att.time_state" (H, N, N), rows values, columns keys, for every
-            block; or (B, H, N, N), one for each row of the batch.
+        tuned: see `rwkv_core.formats.tuned_state`; the WKV state of every block, and the token shift of all or of none. Each
+            may have a batch in front, one for each row.
 
     Raises:
         InputError: a block is missing, another name is there, or a shape is not this model's.
     """
-    names = [f"blocks.{i}.att.time_state" for i in range(len(state))]
+    shifted = any(name.endswith(tuned_state.SHIFTS) for name in tuned)
+    parts = tuned_state.PARTS["wkv and token shift" if shifted else "wkv"]
+    names = [f"blocks.{i}.{part}" for i in range(len(state)) for part in parts]
     wrong = sorted(tuned.keys() ^ set(names))
     if wrong:
         fault = "is missing" if wrong[0] in names else "is no state of this model"
         raise InputError(
-            wrong[0], f"{fault}: a state file has time_state for each of {len(names)} blocks", "give a whole one"
+            wrong[0], f"{fault}: a state file has time_state for each of {len(state)} blocks", "give a whole one"
         )
     mounted = []
-    for name, block in zip(names, state, strict=True):
-        x, want = tuned[name], block.wkv.shape
-        if len(want) != 4 or x.shape not in (want, want[1:]):
-            rule = f"this model's is {tuple(want[1:])}" if len(want) == 4 else "RWKV-4 has no matrix for a state"
-            raise InputError(f"{name} is {tuple(x.shape)}", rule, "give a state tuned on this model")
-        mounted.append(block._replace(wkv=x.to(block.wkv).expand(want)))
+    for i, block in enumerate(state):
+        if block.wkv.ndim != 4:
+            raise InputError(
+                "a tuned state", "RWKV-4 has no matrix for a state", "give it to the model that it was tuned on"
+            )
+        changed = {}
+        for part in parts:
+            name, into = f"blocks.{i}.{part}", getattr(block, _FIELDS[part])
+            x = tuned[name]
+            if x.shape not in (into.shape, into.shape[1:]):
+                rule = f"this model's is {tuple(into.shape[1:])}"
+                raise InputError(f"{name} is {tuple(x.shape)}", rule, "give a state tuned on this model")
+            changed[_FIELDS[part]] = x.to(into).expand(into.shape)
+        mounted.append(block._replace(**changed))
     return mounted

@@ -14,7 +14,7 @@ import torch
 
 from rwkv_core import memory
 from rwkv_core.config import TrainConfig
-from rwkv_core.data.sampling import Batch, MicroBatches, PackedRows
+from rwkv_core.data.sampling import Batch, MicroBatches, Rows
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.training import schedule
 from rwkv_core.training.callbacks import LAST, Checkpoints, Log, Progress, Recorder, peak_memory_mb
@@ -39,8 +39,8 @@ class Result(NamedTuple):
 def fit(
     model: RWKV,
     groups: list[dict[str, Any]],
-    train: PackedRows,
-    valid: PackedRows,
+    train: Rows,
+    valid: Rows,
     config: TrainConfig,
     *,
     seed: int,
@@ -126,7 +126,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def measured(valid: PackedRows, config: TrainConfig) -> Sequence[Batch]:
+def measured(valid: Rows, config: TrainConfig) -> Sequence[Batch]:
     """The held-out rows that are measured during training, from the front."""
     rows = min(config.validate_rows, valid.per_epoch)
     batches = MicroBatches(valid, config.micro_batch, 1, rows / valid.per_epoch)

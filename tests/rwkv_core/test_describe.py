@@ -1,6 +1,6 @@
 import pytest
 import torch
-from methods import EXAMPLES
+from methods import EXAMPLES, OTHERS
 from random_models import VERSIONS
 from safetensors.torch import save_file
 
@@ -25,15 +25,16 @@ def test_a_model(version, random_model, tmp_path):
     assert found["sha256"] == sha256(tmp_path / "m.pth")
 
 
-@pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", EXAMPLES + OTHERS, ids=lambda config: f"{config.kind}-{config.state}")
 def test_an_adapter_of_ours(config, tiny, tmp_path):
     attach(tiny, config, seed=0)
     record = AdapterRecord(format=1, adapter=config, base_sha256="b", data_sha256="d", vocabulary_sha256="v", run="r")
     file.write(tmp_path / "a.pth", trained_state(tiny), record)
     found = describe(tmp_path / "a.pth")
-    assert found["is"] == "an adapter of RWKV-Flow"
-    assert found["kind"] == config.kind
-    assert (found["base_sha256"], found["run"], found["layers"]) == ("b", "r", "all")
+    state = {"none": ""}.get(config.state, ": a tuned state" if config.kind == "state" else ", with a tuned state")
+    assert found["is"] == f"an adapter of RWKV-Flow{state}"
+    assert (found["kind"], found["state"], found["layers"]) == (config.kind, config.state, config.layers)
+    assert (found["base_sha256"], found["run"]) == ("b", "r")
     assert found["parameters"] == sum(x.numel() for x in trained_state(tiny).values())
 
 
@@ -77,6 +78,14 @@ def test_a_state(tmp_path):
     torch.save({f"blocks.{i}.att.time_state": torch.zeros(4, 8, 8) for i in range(3)}, tmp_path / "s.pth")
     found = describe(tmp_path / "s.pth")
     assert found["is"] == "a tuned state"
+    assert (found["n_layer"], found["n_embd"], found["head_size"]) == (3, 32, 8)
+
+
+def test_a_state_with_token_shift_says_who_mounts_it(tiny, tmp_path):
+    attach(tiny, OTHERS[-1].model_copy(update={"also": ()}), seed=0)
+    torch.save(trained_state(tiny), tmp_path / "s.pth")
+    found = describe(tmp_path / "s.pth")
+    assert found["is"] == "a tuned state with token shift, which RWKV-Flow alone mounts"
     assert (found["n_layer"], found["n_embd"], found["head_size"]) == (3, 32, 8)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.evaluate import FEWEST, Scores, compare, held_out_prompts, score
-from rwkv_core.models.rwkv7 import BlockState
+from rwkv_core.models.state import BlockState, mount
 from rwkv_core.tokenizer import Tokenizer, world
 
 TABLE = [b"", *(bytes([96 + i % 26 + 1]) * (1 + i % 3) for i in range(63))]
@@ -38,6 +38,45 @@ def test_score_is_that_of_one_token_after_the_other(tiny, documents):
         assert scores.nats[i] == pytest.approx(nats, rel=1e-5)
         assert scores.tokens[i] == len(documents[i])
         assert scores.bytes[i] == sum(len(TABLE[token]) for token in documents[i].tolist())
+
+
+def tuned_of(model):
+    """A tuned state with everything that it can have."""
+    generator = torch.Generator().manual_seed(4)
+    state = {}
+    for i in range(model.config.n_layer):
+        state[f"blocks.{i}.att.time_state"] = torch.randn(4, 8, 8, generator=generator)
+        state |= {f"blocks.{i}.{part}.ts_state": torch.randn(32, generator=generator) for part in ("att", "ffn")}
+    return state
+
+
+def test_after_a_state_both_models_are_scored_on_the_same_tokens(tiny, documents):
+    """One token after the other: the base after token 0, the tuned model after the state, and neither on the first token."""
+    state = tuned_of(tiny)
+    sizes = {"ctx_len": 7, "batch": 3}
+    tuned = score(tiny.eval(), documents, LETTERS, state=state, **sizes)
+    base = score(tiny, documents, LETTERS, skip_first=True, **sizes)
+    whole = score(tiny, documents, LETTERS, **sizes)
+    for i in range(len(documents)):
+        tokens = documents[i].tolist()
+        with torch.no_grad():
+            after_state, _ = tiny(torch.tensor([tokens]), mount(tiny.initial_state(1), state))
+            after_zero, _ = tiny(torch.tensor([[0, *tokens]]))
+        for scores, logits in ((tuned, after_state[0, :-1]), (base, after_zero[0, 1:-1])):
+            want = -torch.log_softmax(logits.double(), -1)[range(len(tokens) - 1), tokens[1:]].sum().item()
+            assert scores.nats[i] == pytest.approx(want, rel=1e-5)
+            assert scores.tokens[i] == len(tokens) - 1
+            assert scores.bytes[i] == sum(len(TABLE[token]) for token in tokens[1:])
+    assert (whole.nats > base.nats).all()
+    assert np.abs(tuned.nats - base.nats).min() > 0.01
+
+
+@pytest.mark.parametrize(("ctx_len", "batch"), [(1, 1), (5, 8), (1000, 100)])
+def test_score_after_a_state_does_not_depend_on_how_it_is_cut(ctx_len, batch, tiny, documents):
+    one = score(tiny.eval(), documents, LETTERS, ctx_len=8, batch=4, state=tuned_of(tiny))
+    other = score(tiny, documents, LETTERS, ctx_len=ctx_len, batch=batch, state=tuned_of(tiny))
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("ctx_len", "batch"), [(1, 1), (5, 8), (16, 2), (1000, 3), (1000, 100)])

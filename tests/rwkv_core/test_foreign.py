@@ -17,7 +17,7 @@ from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
 from rwkv_core.quantize import rounded
 
-LORA, PISSA, BONE, BAT, _ = EXAMPLES
+LORA, PISSA, BONE, BAT, *_ = EXAMPLES
 NORMS = BONE.model_copy(update={"also": ("ln*", "ln_out.*")})
 V4 = LORA.model_copy(
     update={"targets": ("att.key", "att.value", "att.receptance", "ffn.*"), "also": ("ln*", "att.time_*")}

@@ -53,8 +53,11 @@ def assert_merges_back(base, tuned, found, *, atol, rtol):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("config", EXAMPLES + OTHERS, ids=lambda c: f"{c.kind}-{c.layers}")
+@pytest.mark.parametrize(
+    "config", [c for c in EXAMPLES + OTHERS if c.kind != "state"], ids=lambda c: f"{c.kind}-{c.layers}"
+)
 def test_what_has_no_higher_rank_is_found_whole(config, version, tuned):
+    config = config.model_copy(update={"state": "none"})  # which is in no checkpoint
     if version == "4" and any("ln_x" in pattern for pattern in config.also):
         config = config.model_copy(update={"also": ("ln1.*",)})
     base, made, found = tuned(config, version)

@@ -71,7 +71,7 @@ def test_mistakes_in_a_section_of_several_kinds_are_named_without_the_kind(edite
         edited(("kind: lora", "kind: lroa"))
     )
     others = message(edited(("kind: lora", "kind: bone")))
-    assert "adapter.alpha = 32: there is no such setting; remove it; the names here are layers, rank" in others
+    assert "adapter.alpha = 32: there is no such setting; remove it; the names here are layers, state, rank" in others
 
 
 def test_a_name_unlike_any_lists_what_there_is(edited):
@@ -101,6 +101,13 @@ def test_a_missing_section_is_named(edited, section):
 )
 def test_settings_that_do_not_fit_each_other_are_refused(edited, old, new, found):
     assert found in message(edited((old, new)))
+
+
+def test_a_state_and_packed_rows_are_refused(edited):
+    text = message(edited(("state: none", "state: wkv")))
+    assert text.startswith("train.rows = packed: adapter.state stands at a document's beginning")
+    assert text.endswith("; set documents")
+    assert load(edited(("state: none", "state: wkv"), ("rows: packed", "rows: documents"))).adapter.state == "wkv"
 
 
 def test_yaml_that_does_not_parse_names_the_place(edited):

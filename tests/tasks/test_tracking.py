@@ -1,5 +1,6 @@
 """Real MLflow: SQLite files, and one server in a process of its own that is killed and comes back."""
 
+import hashlib
 import json
 import math
 import os
@@ -150,14 +151,19 @@ def trained(root, *, merged=b"merged"):
     return made
 
 
-def merge(root, merged):
+def merge(root, merged, state=None):
     outputs = root / "outputs"
     (outputs / "merged").mkdir(exist_ok=True)
-    (outputs / "merged/model.pth").unlink(missing_ok=True)
-    (outputs / "merged/model.pth").write_bytes(merged)
-    receipt = {name: {"sha256": sha256(outputs / path)} for name, path in
-               (("adapter", "train/adapter.pth"), ("merged", "merged/model.pth"))}  # fmt: skip
-    write(outputs / "merged/receipt.json", {"base": {"sha256": BASE["sha256"]}, **receipt})
+    for name, data in (("model.pth", merged), ("state.pth", state)):
+        (outputs / "merged" / name).unlink(missing_ok=True)
+        if data is not None:
+            (outputs / "merged" / name).write_bytes(data)
+    receipt = {
+        "base": {"sha256": BASE["sha256"]},
+        "adapters": [{"path": "outputs/train/adapter.pth", "sha256": sha256(outputs / "train/adapter.pth")}],
+        "merged": {"sha256": sha256(outputs / "merged/model.pth")},
+    }
+    write(outputs / "merged/receipt.json", receipt)
 
 
 def write(path, values):
@@ -285,6 +291,37 @@ def test_each_merged_model_is_one_version(root):
     assert [v.version for v in versions] == [1, 2]
     kept = [next(Path(v.source.removeprefix("file://")).glob("model.pth")).read_bytes() for v in versions]
     assert kept == [b"merged", b"merged otherwise"]
+
+
+def test_each_tuned_state_is_one_version(root):
+    """The merged model is the base in all of them."""
+    trained(root)
+    for state in (b"one", b"another", b"one", None):
+        merge(root, b"base", state)
+        tracking.publish(root, NAMES)
+    versions = sorted(client(tracking.uri(root)).search_model_versions("name='tuned'"), key=lambda v: v.version)
+    found = [
+        {path.name: path.read_bytes() for path in Path(v.source.removeprefix("file://")).iterdir()} for v in versions
+    ]
+    assert found == [{"model.pth": b"base", "state.pth": b"one"}, {"model.pth": b"base", "state.pth": b"another"},
+                     {"model.pth": b"base"}]  # fmt: skip
+    assert [v.tags.get("state.sha256") for v in versions] == [sha256_of(b"one"), sha256_of(b"another"), None]
+
+
+def test_a_report_of_another_state_is_not_this_runs(root):
+    made = trained(root)
+    tuned = {"sha256": sha256_of(b"base"), "state_sha256": sha256_of(b"one"), "loss": 2.4}
+    write(root / "outputs/evaluate/metrics.json", {"tuned": tuned})
+    merge(root, b"base", b"another")
+    tracking.publish(root, NAMES)
+    assert not any(key.startswith("evaluate") for key in the_run(tracking.uri(root), made).data.metrics)
+    merge(root, b"base", b"one")
+    tracking.publish(root, NAMES)
+    assert the_run(tracking.uri(root), made).data.metrics["evaluate/tuned/loss"] == 2.4
+
+
+def sha256_of(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def test_new_data_that_nothing_was_trained_on_is_not_this_runs(root):

@@ -15,21 +15,23 @@ from rwkv_core.adapters.file import AdapterRecord
 from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, FullConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
+from rwkv_core.formats import tuned_state
 from rwkv_core.merge import Part, merge
+from rwkv_core.models.state import mount
 from rwkv_core.quantize import Form, Packed
 
 FORMS = [form for form in typing.get_args(Form) if form != "none"]
-MATRICES = [c for c in EXAMPLES + OTHERS if c.kind != "full" and c.targets == SOME["targets"]]
+MATRICES = [c for c in EXAMPLES + OTHERS if c.kind in METHODS and c.targets == SOME["targets"]]
 
 every_method = pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.kind)
 every_adapter = pytest.mark.parametrize("config", MATRICES, ids=lambda config: config.kind)
-every_setting = pytest.mark.parametrize("config", EXAMPLES + OTHERS, ids=lambda c: f"{c.kind}-{c.layers}")
+every_setting = pytest.mark.parametrize("config", EXAMPLES + OTHERS, ids=lambda c: f"{c.kind}-{c.layers}-{c.state}")
 
 
 def test_every_method_has_an_example():
     members = typing.get_args(typing.get_args(AdapterConfig)[0])
     assert {type(config) for config in EXAMPLES} == set(members)
-    assert {config.kind for config in EXAMPLES} == {*METHODS, "full"}
+    assert {config.kind for config in EXAMPLES} == {*METHODS, "full", "state"}
 
 
 def assert_unchanged(logits, before, config):
@@ -52,9 +54,17 @@ def tokens():
     return torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-def logits(model, tokens):
+def logits(model, tokens, state=None):
     with torch.no_grad():
-        return model.eval()(tokens)[0]
+        return model.eval()(tokens, state)[0]
+
+
+def merged_logits(path, tokens):
+    """Of a merged model; it begins from the state beside it, as much of that as there is."""
+    model, state = models.load(path), path.with_suffix(".state.pth")
+    files = [x for x in (tuned_state.whole(state), state) if x.exists()]
+    begin = mount(model.initial_state(len(tokens)), checkpoint.read(files[0])) if files else None
+    return logits(model, tokens, begin)
 
 
 def train(model, tokens, steps=5):
@@ -76,7 +86,7 @@ def record(base, config, **changes):
 @every_setting
 def test_a_new_adapter_changes_nothing(config, tiny, tokens):
     before = logits(tiny, tokens)
-    assert bool(attach(tiny, config, seed=0)) == (config.kind != "full")
+    assert bool(attach(tiny, config, seed=0)) == (config.kind in METHODS)
     assert_unchanged(logits(tiny, tokens), before, config)
 
 
@@ -121,8 +131,11 @@ def test_merging_keeps_the_function(config, base, tokens, tmp_path):
     assert (want - before).abs().max() > 0.1
     file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
     receipt = merge(base, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
-    merged = models.load(tmp_path / "merged.pth")
-    torch.testing.assert_close(logits(merged, tokens), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged_logits(tmp_path / "merged.pth", tokens), want, rtol=1e-4, atol=1e-4)
+    files = {"none": [], "wkv": ["merged.state.pth"]}.get(
+        config.state, ["merged.state.pth", "merged.state.rwkv-flow.pth"]
+    )
+    assert sorted(path.name for path in tmp_path.glob("merged.*")) == ["merged.pth", *files]
     assert receipt == {
         "base": {"path": str(base), "sha256": sha256(base)},
         "adapters": [
@@ -138,13 +151,20 @@ def test_merging_keeps_the_function(config, base, tokens, tmp_path):
             "matrices_changed": len(adapted),
             "tensors_replaced": sum(name in tiny_names for name in trained_state(model)),
         },
+        "states": {
+            name: {"sha256": sha256(tmp_path / name), "bytes": (tmp_path / name).stat().st_size} for name in files
+        },
     }  # fmt: skip
 
 
-@every_method
+@every_setting
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_takes_it(version, config, random_model, tokens, tmp_path):
-    """Attached it changes nothing, it learns, and merging keeps the function."""
+    """Attached it changes nothing, it learns, and merging keeps the function. RWKV-4 has no state to tune."""
+    if version == "4" and config.state != "none":
+        with pytest.raises(InputError, match=f"adapter.state = {config.state}: RWKV-4 has no matrix for a state; set"):
+            attach(random_model(version=version), config, seed=0)
+        return
     base = tmp_path / "base.pth"
     checkpoint.write(base, random_model(version=version).state_dict())
     model = models.load(base)
@@ -156,7 +176,7 @@ def test_every_version_takes_it(version, config, random_model, tokens, tmp_path)
     assert (want - before).abs().max() > 0.1
     file.write(tmp_path / "adapter.pth", trained_state(model), record(base, config))
     merge(base, [Part(tmp_path / "adapter.pth")], tmp_path / "merged.pth")
-    torch.testing.assert_close(logits(models.load(tmp_path / "merged.pth"), tokens), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged_logits(tmp_path / "merged.pth", tokens), want, rtol=1e-4, atol=1e-4)
 
 
 @every_adapter
@@ -203,12 +223,12 @@ def error(got, want):
 @pytest.mark.parametrize("also", [("att.value.weight",), ("*",)])
 def test_what_is_packed_is_not_trained_itself(also, base):
     model = models.load(base, quantize="nf4")
-    config = FullConfig(kind="full", layers="all", also=also)
+    config = FullConfig(kind="full", layers="all", also=also, state="none")
     with pytest.raises(
         InputError, match=r"adapter.also has blocks.0.att.*: model.quantize packs that matrix; adapt it"
     ):
         attach(model, config, seed=0)
-    attach(model, FullConfig(kind="full", layers="all", also=("ln*", "emb.weight")), seed=0)
+    attach(model, FullConfig(kind="full", layers="all", also=("ln*", "emb.weight"), state="none"), seed=0)
     assert {name for name in trained_state(model) if "ln" not in name} == {"emb.weight"}
 
 
@@ -478,7 +498,7 @@ def test_a_rank_that_does_not_fit_is_refused(config, rule, tiny):
 def test_merge_refuses_an_adapter_that_lacks_something(config, base, tiny, tmp_path):
     attach(tiny, config, seed=0)
     tensors = trained_state(tiny)
-    gone = next(iter(tensors)).rsplit(".", 1)[0] if config.kind != "full" else next(iter(tensors))
+    gone = next(iter(tensors)).rsplit(".", 1)[0] if config.kind in METHODS else next(iter(tensors))
     tensors = {name: x for name, x in tensors.items() if not name.startswith(gone)}
     file.write(tmp_path / "adapter.pth", tensors, record(base, config))
     refuse_merge(

@@ -9,7 +9,7 @@ from rwkv_core.adapters import METHODS, attach, method
 from rwkv_core.config import BatConfig, BoneConfig, LoraConfig, PissaConfig
 from rwkv_core.quantize import Packed, QuantizedLinear
 
-SOME = {"targets": ("att.x",), "layers": "all", "also": ()}
+SOME = {"targets": ("att.x",), "layers": "all", "also": (), "state": "none"}
 EXAMPLES = [
     (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=False, **SOME), 12, 8),
     (LoraConfig(kind="lora", rank=9, alpha=2.0, rank_stabilized=True, dropout=0.0, dora=False, **SOME), 8, 12),

@@ -65,6 +65,7 @@ lora = LoraConfig(
     targets=("att.receptance", "ffn.key"),
     layers="all",
     also=(),
+    state="none",
 )
 attach(model, lora, seed=3)
 model.ln_out.register_forward_hook(lambda *_: happens("forward") if model.training else None)

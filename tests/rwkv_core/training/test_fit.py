@@ -7,10 +7,11 @@ from methods import EXAMPLES
 
 from kernels.head_loss import IGNORE
 from rwkv_core.adapters import attach, trained_state
-from rwkv_core.config import LoraConfig, TrainConfig
+from rwkv_core.config import LoraConfig, StateConfig, TrainConfig
 from rwkv_core.data.binidx import Documents, Writer
-from rwkv_core.data.sampling import PackedRows
+from rwkv_core.data.sampling import DocumentRows, PackedRows, rows
 from rwkv_core.errors import InputError
+from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.training.fit import fit
 
 LORA = LoraConfig(
@@ -23,12 +24,13 @@ LORA = LoraConfig(
     targets=("att.*", "ffn.*"),
     layers="all",
     also=(),
+    state="none",
 )
 
 
 def settings(optimizer=None, **changes):
     values = {
-        "ctx_len": 16, "micro_batch": 2, "accumulate": 2, "epochs": 1.0, "precision": "fp32", "l2_wrap": 1e-4,
+        "ctx_len": 16, "rows": "packed", "micro_batch": 2, "accumulate": 2, "epochs": 1.0, "precision": "fp32", "l2_wrap": 1e-4,
         "validate_every": 5, "validate_rows": 6, "checkpoint_every": 10,
     }  # fmt: skip
     course = {
@@ -59,6 +61,7 @@ def run(data, random_model, tmp_path_factory):
         config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None, op="auto"
     ):
         model = random_model(n_layer=2, op=op).to(dtype)
+        after_state = adapter is not None and adapter.state != "none"
         if adapter is None:
             groups = model.parameter_groups(config.optimizer.lr, config.optimizer.weight_decay)
         else:
@@ -67,8 +70,8 @@ def run(data, random_model, tmp_path_factory):
         result = fit(
             model,
             groups,
-            PackedRows(Documents(data / "train"), config.ctx_len, order),
-            PackedRows(Documents(data / "valid"), config.ctx_len, None),
+            rows(Documents(data / "train"), config, order, after_state=after_state),
+            rows(Documents(data / "valid"), config, None, after_state=after_state),
             config,
             seed=seed,
             folder=folder or tmp_path_factory.mktemp("run"),
@@ -292,15 +295,61 @@ class Stop(Exception):
     """What ends a run before its time."""
 
 
-@pytest.mark.parametrize("adapter", EXAMPLES, ids=lambda config: config.kind)
+WITH_STATE = LORA.model_copy(update={"state": "wkv and token shift"})
+
+
+@pytest.mark.parametrize("adapter", [*EXAMPLES, WITH_STATE], ids=lambda config: f"{config.kind}-{config.state}")
 def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
     def stop(step, metrics):
         if step == 13:
             raise Stop
 
-    whole, _ = run(settings(), adapter=adapter)
+    config = settings() if adapter.state == "none" else settings(rows="documents")
+    whole, _ = run(config, adapter=adapter)
     with pytest.raises(Stop):
-        run(settings(), adapter=adapter, folder=tmp_path, log=stop)
-    continued, result = run(settings(), adapter=adapter, folder=tmp_path)
+        run(config, adapter=adapter, folder=tmp_path, log=stop)
+    continued, result = run(config, adapter=adapter, folder=tmp_path)
     assert result.resumed_at == 10
     assert equal(bits(whole), bits(continued))
+
+
+STATE = StateConfig(kind="state", state="wkv", layers="all", also=())
+
+
+@pytest.mark.parametrize("adapter", [STATE, WITH_STATE, LORA], ids=lambda config: f"{config.kind}-{config.state}")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_documents_as_rows_are_learned(adapter, precision, run, data):
+    config = settings({"lr": 0.3 if adapter is STATE else 0.02}, rows="documents", epochs=4.0, precision=precision)
+    model, result = run(config, adapter=adapter, dtype=torch.bfloat16 if precision == "bf16" else None)
+    learned = DocumentRows(Documents(data / "train"), 16, None, after_state=adapter.state != "none")
+    assert result.tokens == learned.targets_before(4 * 60)
+    assert losses(result, "valid")[-1] < (0.98 if adapter is STATE else 0.5) * losses(result, "valid")[0]
+    state = {name: x for name, x in bits(model).items() if is_part(name)}
+    assert len(state) == {"none": 0, "wkv": 2}.get(adapter.state, 6)
+    assert all(x.dtype == torch.float32 and x.any() for x in state.values())
+
+
+def test_losses_of_documents_are_those_of_the_plain_formula(run, data, random_model):
+    """The first loss of a step cut into micro-batches of unequal rows; nothing is learned from what fills a row up."""
+    _, result = run(settings(rows="documents"), adapter=STATE)
+    model, cut = random_model(n_layer=2), DocumentRows(Documents(data / "train"), 16, 5, after_state=True)
+    total = count = 0
+    for number in range(4):
+        inputs, targets = (torch.from_numpy(x) for x in cut.row(number))
+        with torch.no_grad():
+            logits = model(inputs[None])[0][0].double()
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(targets)
+    assert losses(result)[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_accumulation_of_documents_does_not_change_what_is_learned(run):
+    runs = [
+        run(settings({"eps": 1e-3}, rows="documents", micro_batch=m, accumulate=a), adapter=WITH_STATE)
+        for m, a in ((4, 1), (1, 4))
+    ]
+    (whole, first), (cut, second) = runs
+    for step, row in first.history["train"].items():
+        assert second.history["train"][step] == pytest.approx(row, rel=1e-4), step
+    for name, x in bits(whole).items():
+        torch.testing.assert_close(bits(cut)[name], x, rtol=1e-3, atol=1e-5)
