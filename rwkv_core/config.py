@@ -64,6 +64,9 @@ class _Method(Config):
     layers: Annotated[str, Field(pattern=r"^(all|\d+(-\d+)?( \d+(-\d+)?)*)$")]
     """Blocks to work on, counted from 0: all, or numbers and ranges as in 0-3 25-31."""
 
+    load: Path | None
+    """An adapter of this method to go on from, ours or another program's: what was trained in it are the first values."""
+
 
 class _Beside(_Method):
     """What a method is told that puts something beside frozen matrices."""
@@ -100,6 +103,9 @@ class PissaConfig(_Beside):
 
     iterations: int = Field(ge=0, le=100)
     """Power iterations of the randomised decomposition: more are more exact. RWKV-PEFT uses 4."""
+
+    load_init: Path | None
+    """RWKV-PEFT's init_pissa.pth, where load is one of RWKV-PEFT's. Our files have in them what it tells."""
 
 
 class BoneConfig(_Beside):

@@ -81,6 +81,7 @@ def _config(
         "rank": rank,
         "targets": tuple(dict.fromkeys(inner(name) for name in modules)),
         "layers": " ".join(map(str, numbers)),
+        "load": None,
         "also": tuple(dict.fromkeys(inner(name) for name in tensors if name not in parts)),
     }
     is_lora = "disha" not in ends and not any(end.startswith("init") for end in ends)
@@ -98,7 +99,7 @@ def _config(
     if alpha is not None:
         raise InputError(f"--alpha {alpha:g}", f"{path} is no LoRA: it has none", "leave it out")
     if "disha" not in ends:
-        return PissaConfig(kind="pissa", iterations=4, **beside)
+        return PissaConfig(kind="pissa", iterations=4, load_init=None, **beside)
     return BatConfig(kind="bat", **beside) if axes == {3} else BoneConfig(kind="bone", **beside)
 
 

@@ -134,7 +134,7 @@ def _words(settings: Mapping[str, Any]) -> Iterator[str]:
 def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     adapter, train = params.adapter, params.train
-    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers"})
+    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers", "load", "load_init"})
     return {
         "Data": {
             "source": manifest["source"]["path"],
@@ -151,6 +151,7 @@ def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict
         "Training": {
             "method": ", ".join([adapter.kind, *_words(settings)]),
             "trained": ", ".join((*getattr(adapter, "targets", ()), *adapter.also)) + f"; layers: {adapter.layers}",
+            "begun from": adapter.load or "the method's own values",
             "epochs": f"{train.epochs:g}",
             "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
             "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",

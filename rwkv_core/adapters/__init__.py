@@ -24,36 +24,82 @@ METHODS: dict[str, type[AdaptedLinear]] = {
 """What stands in a matrix's place, by kind. "full" has none: it trains the model's own parameters."""
 
 
-def attach(model: nn.Module, config: "AdapterConfig", seed: int) -> list[str]:
+def attach(
+    model: nn.Module, config: "AdapterConfig", seed: int, start: Mapping[str, Tensor] | None = None
+) -> list[str]:
     """Freeze `model` but for what the method trains, in place. It computes what it did, but for PiSSA's rounding.
 
     Args:
         model: with its blocks under `blocks.<i>.`.
         config: the method, and on which parts.
         seed: of the adapter's initial values.
+        start: the `trained_state` of another model of this base and method, whose values it begins with instead. Then the
+            model computes what that one did, to the bit.
 
     Returns:
         Names of the adapted modules, in the model's order.
 
     Raises:
         InputError: a pattern matches nothing, so something would silently not be trained; one asks for a matrix that is
-            adapted; the model has no such layer; or the rank does not fit a matrix.
+            adapted; the model has no such layer; the rank does not fit a matrix; or `start` lacks something, has more, or is of
+            other shapes.
     """
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
     adapted, also = select(config, parameters)
     generator = torch.Generator().manual_seed(seed)
     for name in adapted:
+        base: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         try:
-            module = METHODS[config.kind](model.get_submodule(name), config, generator)  # type: ignore[arg-type]
+            if start is None:
+                module = METHODS[config.kind](base, config, generator)
+            else:
+                module = METHODS[config.kind].continued(base, config, _under(name, start))
         except ValueError as error:
+            if start is not None:
+                raise InputError(f"adapter.load: {name}", str(error), _OTHER) from None
             raise InputError(f"adapter.rank beside {name}", str(error), "set one that does") from None
         model.set_submodule(name, module)
     for name in also:
         p = parameters[name]
         p.data = p.data.to(wide(p))  # small steps would be lost in bfloat16
         p.requires_grad_(True)
+    if start is not None:
+        _take(model, start, adapted)
     return adapted
+
+
+_OTHER = "set targets, layers and also to what it was trained with"
+
+
+def _under(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a module has of these, by its own names."""
+    within = (name.rpartition(".") for name in tensors)
+    return {part: tensors[f"{owner}.{part}"] for owner, _, part in within if owner == module}
+
+
+@torch.no_grad()
+def _take(model: nn.Module, start: Mapping[str, Tensor], adapted: Sequence[str]) -> None:
+    """Set what is trained beside the adapted matrices, which have theirs.
+
+    Raises:
+        InputError: as `attach`.
+    """
+    trained = trained_state(model)
+    faults = {"it lacks": trained.keys() - start.keys(), "it has": start.keys() - trained.keys()}
+    for fault, names in faults.items():
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rule = "these settings train it" if fault == "it lacks" else "these settings do not train it"
+            raise InputError(f"adapter.load: {fault} {listed}", rule, _OTHER)
+    inside = set(adapted)
+    for name, x in trained.items():
+        if name.rpartition(".")[0] not in inside:
+            if x.shape != start[name].shape:
+                raise InputError(
+                    f"adapter.load: {name} is {tuple(start[name].shape)}", f"it must be {tuple(x.shape)}", _OTHER
+                )
+            x.copy_(start[name])
 
 
 def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

@@ -7,10 +7,10 @@ for it would be copied into the merged model by RWKV-PEFT's merge scripts.
 import json
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from torch import Tensor
 
 from rwkv_core import checkpoint
@@ -39,8 +39,21 @@ class AdapterRecord(Config):
     vocabulary_sha256: str
     """The tokenizer's table."""
 
+    loaded: str | None = None
+    """The adapter that the training began from, if it did from one; not in files of before there was `adapter.load`."""
+
     run: str
     """Digest of all that the training depended on: equal digests, equal adapters."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Settings that older files do not have, and that mean nothing for a merge."""
+        adapter = values.get("adapter") if isinstance(values, dict) else None
+        if isinstance(adapter, dict):
+            added = {"load": None} | ({"load_init": None} if adapter.get("kind") == "pissa" else {})
+            return values | {"adapter": added | adapter}
+        return values
 
 
 def write(path: Path, tensors: dict[str, Tensor], record: AdapterRecord) -> None:

@@ -64,6 +64,7 @@ lora = LoraConfig(
     targets=("att.receptance", "ffn.key"),
     layers="all",
     also=(),
+    load=None,
 )
 attach(model, lora, seed=3)
 model.ln_out.register_forward_hook(lambda *_: happens("forward") if model.training else None)

@@ -14,8 +14,9 @@ from rwkv_core.errors import InputError
 from rwkv_core.training.fit import fit
 
 LORA = LoraConfig(
-    kind="lora", rank=4, alpha=8, dropout=0.0, rank_stabilized=False, targets=("att.*", "ffn.*"), layers="all", also=()
-)
+    kind="lora", rank=4, alpha=8, dropout=0.0, rank_stabilized=False, targets=("att.*", "ffn.*"), layers="all", also=(),
+    load=None,
+)  # fmt: skip
 
 
 def settings(optimizer=None, **changes):
