@@ -78,7 +78,8 @@ class _Beside(_Method):
     """Matrices to adapt, by their name inside a block; * matches anything: att.receptance, att.*, ffn.key."""
 
     also: Patterns
-    """Parameters trained as they are, by their name inside a block or outside of any: ln*, att.x_*, ln_out.*, emb.weight."""
+    """Parameters trained as they are, by their name inside a block or outside of any: ln*, att.x_*, ln_out.*, emb.weight;
+    or some rows of emb.weight and head.weight, as for new tokens: emb.weight[65530-65535]."""
 
 
 class LoraConfig(_Beside):

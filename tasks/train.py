@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from rwkv_core import models, warm_start
+from rwkv_core import checkpoint, models, warm_start
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
+from rwkv_core.adapters.rows import without_unchanged
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.sampling import PackedRows
 from rwkv_core.errors import InputError
@@ -75,7 +76,7 @@ def train() -> None:
         )
         write(
             stage.ADAPTER,
-            trained_state(model),
+            without_unchanged(trained_state(model), lambda: checkpoint.read(params.model.base), dtype),
             AdapterRecord(
                 format=1,
                 adapter=params.adapter.model_copy(

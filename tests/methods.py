@@ -18,6 +18,10 @@ OTHERS = [
         targets=("att.*",), layers="0-1", also=("ln*", "ln_out.*", "emb.weight"), **NEW,
     ),
     BoneConfig(kind="bone", rank=32, targets=("att.key", "ffn.key"), layers="2 0", also=("att.ln_x.*",), **NEW),
+    LoraConfig(
+        kind="lora", rank=2, alpha=4.0, rank_stabilized=False, dropout=0.0,
+        targets=("att.key",), layers="0 2", also=("ln_out.*", "emb.weight[3 60-63]", "head.weight[60-63]"), **NEW,
+    ),
     FullConfig(kind="full", layers="1", also=("att.*", "head.weight"), **NEW),
 ]  # fmt: skip
 """More settings of the same."""

@@ -13,6 +13,7 @@ from rwkv_core.adapters.bone import BoneLinear
 from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
+from rwkv_core.adapters.rows import Rows, check, placed, stand_in
 from rwkv_core.errors import InputError
 
 if TYPE_CHECKING:  # pydantic is not needed to attach
@@ -64,6 +65,8 @@ def attach(
         p = parameters[name]
         p.data = p.data.to(wide(p))  # small steps would be lost in bfloat16
         p.requires_grad_(True)
+    for name, chosen in chosen_rows(config, parameters).items():
+        model.set_submodule(name, stand_in(model.get_submodule(name), chosen))
     if start is not None:
         _take(model, start, adapted)
     return adapted
@@ -86,6 +89,15 @@ def _take(model: nn.Module, start: Mapping[str, Tensor], adapted: Sequence[str])
         InputError: as `attach`.
     """
     trained = trained_state(model)
+    start = dict(start)
+    for module in _OF_TOKENS:  # trained whole, and saved as the rows that changed
+        if f"{module}.weight" in trained and f"{module}.values" in start:
+            parts = {part: start.pop(f"{module}.{part}") for part in ("rows", "values") if f"{module}.{part}" in start}
+            try:
+                check(trained[f"{module}.weight"].shape, parts)
+                start[f"{module}.weight"] = placed(trained[f"{module}.weight"], parts)
+            except ValueError as error:
+                raise InputError(f"adapter.load: {module}", str(error), _OTHER) from None
     faults = {"it lacks": trained.keys() - start.keys(), "it has": start.keys() - trained.keys()}
     for fault, names in faults.items():
         if names:
@@ -95,11 +107,14 @@ def _take(model: nn.Module, start: Mapping[str, Tensor], adapted: Sequence[str])
     inside = set(adapted)
     for name, x in trained.items():
         if name.rpartition(".")[0] not in inside:
-            if x.shape != start[name].shape:
+            given = start[name]
+            if x.shape != given.shape:
                 raise InputError(
-                    f"adapter.load: {name} is {tuple(start[name].shape)}", f"it must be {tuple(x.shape)}", _OTHER
+                    f"adapter.load: {name} is {tuple(given.shape)}", f"it must be {tuple(x.shape)}", _OTHER
                 )
-            x.copy_(start[name])
+            if not x.is_floating_point() and not torch.equal(x.cpu(), given.cpu()):
+                raise InputError(f"adapter.load: {name} are other ones", "these settings train others", _OTHER)
+            x.copy_(given)
 
 
 def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -125,7 +140,7 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
             x.removesuffix(ending) for x in there if _in_block(x) and x.endswith(ending) and tensors[x].ndim == 2
         ]
         adapted = _matching("targets", config.targets, matrices)
-    also = _matching("also", config.also, there)
+    also = _matching("also", [x for x in config.also if not _ROWS.fullmatch(x)], there)
     twice = sorted({f"{name}.weight" for name in adapted} & set(also))
     if twice:
         raise InputError(
@@ -136,9 +151,35 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
     return adapted, also
 
 
+_OF_TOKENS = ("emb", "head")
+_ROWS = re.compile(r"(emb|head)\.weight\[(.+)\]")
+
+
+def chosen_rows(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Rows that `also` names, as in emb.weight[65530-65535], of the embedding and the head; ascending.
+
+    Args:
+        config: the method.
+        tensors: a model's, by their names in a checkpoint.
+
+    Raises:
+        InputError: there are no such rows, or all of the matrix is trained too.
+    """
+    chosen: dict[str, set[int]] = {}
+    for pattern in config.also:
+        if found := _ROWS.fullmatch(pattern):
+            name = f"{found[1]}.weight"
+            if name in select(config, tensors)[1]:
+                raise InputError(f"adapter.also has {pattern}", f"{name} is trained whole", "leave one of them out")
+            count = len(tensors[name])
+            chosen.setdefault(found[1], set()).update(numbers(found[2], count, f"adapter.also: {name}", "rows"))
+    return {module: sorted(found) for module, found in chosen.items()}
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What was learned, by name: the parameters that require gradients; and what a merge needs beside them."""
-    kept = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, AdaptedLinear) for part in m.KEPT}
+    modules = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear | Rows))
+    kept = {f"{name}.{part}" for name, m in modules for part in m.KEPT}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return {name: x.detach() for name, x in model.state_dict(keep_vars=True).items() if name in trained | kept}
 
@@ -181,27 +222,33 @@ def _in_block(name: str) -> bool:
 
 
 def layer_numbers(text: str, count: int, setting: str) -> range | list[int]:
+    """The layers that "all" or "0-3 25-31" means; see `numbers`."""
+    return numbers(text, count, setting, "layers")
+
+
+def numbers(text: str, count: int, setting: str, of: str) -> range | list[int]:
     """The numbers that "all" or "0-3 25-31" means.
 
     Args:
         text: numbers and ranges, or "all".
-        count: how many layers the model has.
+        count: how many there are in the model.
         setting: what the text is the value of, for messages.
+        of: what is numbered.
 
     Raises:
-        InputError: the model has no such layer, or the text is no such list.
+        InputError: the model has no such number, or the text is no such list.
     """
     if text == "all":
         return range(count)
     chosen: list[int] = []
     for item in text.split():
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-        if not numbers or numbers[-1] >= count:
+        some = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+        if not some or some[-1] >= count:
             raise InputError(
                 f"{setting} has {item}",
-                f"the model's layers are 0 to {count - 1}",
+                f"the model's {of} are 0 to {count - 1}",
                 "name some of these as in 0-3 7, or all",
             )
-        chosen += numbers
+        chosen += some
     return chosen

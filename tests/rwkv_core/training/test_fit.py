@@ -84,6 +84,25 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_of_tokens_learn_as_the_whole_matrix_does(precision, run):
+    def trained(*also):
+        return run(settings(precision=precision, epochs=0.3), adapter=LORA.model_copy(update={"also": also}))
+
+    whole, rows = trained("emb.weight", "head.weight"), trained("emb.weight[0-63]", "head.weight[all]")
+    part = trained("emb.weight[1-3]", "head.weight[1-3]")
+    off = 1e-5 if precision == "fp32" else 0.03
+    for of in ("train", "valid"):
+        want = losses(whole[1], of)
+        assert losses(rows[1], of) == pytest.approx(want, rel=off)
+        assert losses(part[1], of) != pytest.approx(want, rel=off)
+    tokens = torch.arange(1, 20)[None]
+    for model, _ in (rows, part):  # what is measured is what is there
+        with torch.no_grad():
+            got = model.head(model.features(tokens)[0])
+            assert torch.equal(got, torch.nn.functional.linear(model.features(tokens)[0], model.head.now()))
+
+
 def test_learns(run, data):
     seen = []
     model, result = run(settings(epochs=3.0), log=lambda step, metrics: seen.append((step, metrics)))
