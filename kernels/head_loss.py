@@ -47,6 +47,8 @@ def head_loss(
     l2_wrap: float = 0.0,
     *,
     token_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    values: Tensor | None = None,
     op: Op = "auto",
 ) -> Tensor:
     """Weighted sum of the cross-entropies of all positions that have a target.
@@ -58,6 +60,8 @@ def head_loss(
         l2_wrap: strength of L2Wrap; 0 is none.
         token_weight: (R,), 0 or more: what each position's loss and L2Wrap count; 0 is as IGNORE. It is data, and gets no
             gradient. None is 1 for all.
+        rows: (N,) int64, where only some rows of `weight` are trained: which, each once. `weight` itself is then frozen.
+        values: (N, C), what gets their gradient. `weight` must have it in these rows already.
         op: the implementation; "auto" takes the fastest that works, see `kernels.choice`.
 
     Returns:
@@ -65,22 +69,32 @@ def head_loss(
         targets for a mean.
 
     Raises:
-        ValueError: the shapes disagree; a target or a weight is out of its range; `token_weight` requires gradients; or `op`
-            can't work on these.
+        ValueError: the shapes disagree; a target or a weight is out of its range; `token_weight` requires gradients, or
+            `weight` does beside `values`; or `op` can't work on these.
         RuntimeError: `op` could not be compiled, or its library is missing.
     """
     _check(hidden, weight, targets, token_weight)
+    _check_rows(weight, rows, values)
     hidden = _mixed(hidden)
-    return apply(choose("head_loss", op, FORMS, hidden), hidden, weight, targets, l2_wrap, token_weight)
+    form = choose("head_loss", op, FORMS, hidden)
+    return apply(form, hidden, weight, targets, l2_wrap, token_weight, rows, values)
 
 
 def head_loss_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, l2_wrap: float = 0.0, token_weight: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2_wrap: float = 0.0,
+    token_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """The same by plain torch operations, with L2Wrap as a term whose value is 0 and whose gradient is the pull.
 
     Where the largest logit is there twice, its pull is shared between the two.
     """
+    if rows is not None and values is not None:
+        weight = weight.index_copy(0, rows, values.to(weight.dtype))
     logits = hidden @ weight.to(hidden.dtype).mT
     logits = logits.to(_wide(logits))
     nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
@@ -105,7 +119,7 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, *, op: Op = "auto
             return torch.nn.functional.cross_entropy(
                 logits.to(_wide(logits)), targets, ignore_index=IGNORE, reduction="none"
             )
-        nll: Tensor = _forward(hidden, weight, targets, None, 0.0, form, False, False)[1]
+        nll: Tensor = _forward(hidden, weight, targets, None, 0.0, form, False, False, None, None)[1]
         return nll
 
 
@@ -116,13 +130,16 @@ def apply(
     targets: Tensor,
     l2_wrap: float = 0.0,
     token_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """The operator by the form of that name, which must be able to work on these: `head_loss` has chosen and checked."""
     with torch.autocast(hidden.device.type, enabled=False):  # `head_loss` has asked it for the products' dtype
         if form == "reference":
-            return head_loss_reference(hidden, weight, targets, l2_wrap, token_weight)
-        wants = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-        loss: Tensor = _forward(hidden, weight, targets, token_weight, l2_wrap, form, *wants)[0]
+            return head_loss_reference(hidden, weight, targets, l2_wrap, token_weight, rows, values)
+        trained = weight if values is None else values
+        wants = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, trained))
+        loss: Tensor = _forward(hidden, weight, targets, token_weight, l2_wrap, form, *wants, rows, values)[0]
         return loss
 
 
@@ -137,6 +154,17 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor
         raise ValueError(
             f"token_weight is {tuple(token_weight.shape)}, requires_grad={token_weight.requires_grad}; it must be ({rows},) "
             "and data: no gradient reaches it; flatten and detach it"
+        )
+
+
+def _check_rows(weight: Tensor, rows: Tensor | None, values: Tensor | None) -> None:
+    if rows is None and values is None:
+        return
+    shapes = [None if x is None else tuple(x.shape) for x in (rows, values)]
+    if rows is None or rows.ndim != 1 or shapes[1] != (len(rows), weight.shape[1]) or weight.requires_grad:
+        raise ValueError(
+            f"rows is {shapes[0]}, values {shapes[1]}, weight {tuple(weight.shape)} with requires_grad={weight.requires_grad}; "
+            f"they must be (N,), (N, {weight.shape[1]}) and frozen; train either the weight or some of its rows"
         )
 
 
@@ -160,18 +188,21 @@ def _forward(
     form: str,
     wants_hidden: bool,
     wants_weight: bool,
+    rows: Tensor | None,
+    values: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss; nll, (R,), not weighted; and the gradients of hidden and weight where they are wanted, else nothing."""
+    """The loss; nll, (R,), not weighted; and the gradients of hidden, and weight or values, where wanted, else nothing."""
     nll = hidden.new_zeros(len(hidden), dtype=_wide(hidden))
     dhidden = hidden.new_zeros(hidden.shape if wants_hidden else 0)
-    dweight = weight.new_zeros(weight.shape if wants_weight else 0, dtype=_wide(weight))
+    trained = weight if values is None else values
+    dweight = trained.new_zeros(trained.shape if wants_weight else 0, dtype=_wide(trained))
     counts = None if token_weight is None else token_weight.to(nll.dtype)
     learned = _learned(targets, counts, len(weight))
     dtype = torch.float32 if slow_in(hidden) else hidden.dtype
-    rows = _rows(len(learned), len(weight) * dtype.itemsize)
-    logits = _scratch(rows, len(weight), dtype, hidden.device, form)
-    for start in range(0, len(learned), rows):
-        at = slice(start, start + rows) if len(learned) == len(targets) else learned[start : start + rows]
+    block = _rows(len(learned), len(weight) * dtype.itemsize)
+    logits = _scratch(block, len(weight), dtype, hidden.device, form)
+    for start in range(0, len(learned), block):
+        at = slice(start, start + block) if len(learned) == len(targets) else learned[start : start + block]
         h = hidden[at].to(dtype)
         z, found = logits[: len(h)], nll.new_empty(len(h))
         for part, w in _parts(weight, dtype):
@@ -184,7 +215,9 @@ def _forward(
             for part, w in _parts(weight, dtype):
                 dh += z[:, part] @ w
             dhidden[at] = dh.to(hidden.dtype)
-        if wants_weight:
+        if wants_weight and rows is not None:
+            dweight += z[:, rows].mT @ h
+        elif wants_weight:
             for part in _slices(weight):
                 dw, dz = dweight[part], z[:, part].mT
                 dw.addmm_(dz, h) if dw.dtype is dtype else dw.add_(dz @ h)
@@ -202,28 +235,33 @@ def _(
     form: str,
     wants_hidden: bool,
     wants_weight: bool,
+    rows: Tensor | None,
+    values: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nll = hidden.new_empty(len(hidden), dtype=_wide(hidden))
     dhidden = hidden.new_empty(hidden.shape if wants_hidden else 0)
-    dweight = weight.new_empty(weight.shape if wants_weight else 0, dtype=_wide(weight))
+    trained = weight if values is None else values
+    dweight = trained.new_empty(trained.shape if wants_weight else 0, dtype=_wide(trained))
     return nll.new_empty(()), nll, dhidden, dweight
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # nobody has one for the other outputs: these would be zeros of their sizes
     ctx.save_for_backward(*output[2:])
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.weight_dtype = (inputs[1] if inputs[-1] is None else inputs[-1]).dtype
 
 
 def _grad(ctx: Any, scale: Tensor | None, *_of_others: None) -> tuple[Tensor | None, ...]:
     if scale is None:
-        return (None,) * 8
+        return (None,) * 10
     dhidden, dweight = ctx.saved_tensors
-    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    wants_hidden, wants_weight, wants_values = (ctx.needs_input_grad[i] for i in (0, 1, -1))
+    dtrained = (dweight * scale).to(ctx.weight_dtype) if wants_weight or wants_values else None
     return (
         dhidden * scale.to(dhidden.dtype) if wants_hidden else None,
-        (dweight * scale).to(ctx.weight_dtype) if wants_weight else None,
-        *[None] * 6,
+        dtrained if wants_weight else None,
+        *[None] * 7,
+        dtrained if wants_values else None,
     )
 
 

@@ -72,6 +72,9 @@ class _Method(Config):
     state: Literal["none", "wkv", "wkv and token shift"]
     """Initial state to train beside: none, that of the WKV recurrence, or the token shift's too, which clients can't mount."""
 
+    load: Path | None
+    """An adapter of this method to go on from, ours or another program's: what was trained in it are the first values."""
+
 
 class _Beside(_Method):
     """What a method is told that puts something beside frozen matrices."""
@@ -83,7 +86,8 @@ class _Beside(_Method):
     """Matrices to adapt, by their name inside a block; * matches anything: att.receptance, att.*, ffn.key."""
 
     also: Patterns
-    """Parameters trained as they are, by their name inside a block or outside of any: ln*, att.x_*, ln_out.*, emb.weight."""
+    """Parameters trained as they are, by their name inside a block or outside of any: ln*, att.x_*, ln_out.*, emb.weight;
+    or some rows of emb.weight and head.weight, as for new tokens: emb.weight[65530-65535]."""
 
 
 class LoraConfig(_Beside):
@@ -111,6 +115,9 @@ class PissaConfig(_Beside):
 
     iterations: int = Field(ge=0, le=100)
     """Power iterations of the randomised decomposition: more are more exact. RWKV-PEFT uses 4."""
+
+    load_init: Path | None
+    """RWKV-PEFT's init_pissa.pth, where load is one of RWKV-PEFT's. Our files have in them what it tells."""
 
 
 class BoneConfig(_Beside):

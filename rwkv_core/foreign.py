@@ -82,6 +82,7 @@ def _config(
         "rank": rank,
         "targets": tuple(dict.fromkeys(inner(name) for name in modules)),
         "layers": " ".join(map(str, numbers)),
+        "load": None,
         "also": tuple(dict.fromkeys(inner(name) for name in tensors if name not in parts)),
         "state": "none",
     }
@@ -105,7 +106,7 @@ def _config(
     if alpha is not None:
         raise InputError(f"--alpha {alpha:g}", f"{path} is no LoRA: it has none", "leave it out")
     if "disha" not in ends:
-        return PissaConfig(kind="pissa", iterations=4, **beside)
+        return PissaConfig(kind="pissa", iterations=4, load_init=None, **beside)
     return BatConfig(kind="bat", **beside) if axes == {3} else BoneConfig(kind="bone", **beside)
 
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint, foreign
-from rwkv_core.adapters import file, is_matrix, layer, layer_count, layer_numbers, method, select
+from rwkv_core.adapters import (
+    chosen_rows,
+    file,
+    is_matrix,
+    layer,
+    layer_count,
+    layer_numbers,
+    method,
+    rows,
+    select,
+)
 from rwkv_core.adapters.linear import wide
 from rwkv_core.adapters.state import zeros
 from rwkv_core.config import AdapterConfig
@@ -131,19 +141,29 @@ def merged(
     Raises:
         InputError: a part does not fit; or, when a matrix is made, those beside it don't.
     """
-    matrices, also = select(config, base)
+    (matrices, also), chosen = select(config, base), chosen_rows(config, base)
+    some: dict[str, dict[str, Tensor]] = {module: {} for module in chosen}
     beside: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
     replaced: dict[str, Make] = {}
     for name, x in parts.items():
         module, _, part = name.rpartition(".")
         if module in beside:
             beside[module][part] = x
+        elif part in rows.PARTS and (module in chosen or f"{module}.weight" in also):
+            some.setdefault(module, {})[part] = x
         elif name not in also:
             raise _misfit(adapter, name, "the base has no such tensor that its settings adapt or train")
         elif base[name].shape != x.shape:
             raise _misfit(adapter, name, f"is {tuple(x.shape)}; it must be {tuple(base[name].shape)}")
         else:
             replaced[name] = partial(x.to, base[name].device, wide(base[name]), copy=True)
+    for module, found in some.items():
+        weight = base[f"{module}.weight"]
+        try:
+            rows.check(weight.shape, found, chosen.get(module))
+        except ValueError as error:
+            raise _misfit(adapter, module, str(error)) from None
+        replaced[f"{module}.weight"] = partial(rows.placed, weight, found)
     for name in also:
         if name not in replaced:
             raise _misfit(adapter, name, "its settings say that it was trained, and it is not there")

@@ -109,6 +109,7 @@ def _config(tensors: Mapping[str, Tensor], changed: Sequence[str], rank: int) ->
         "layers": "all" if everywhere else " ".join(map(str, numbers)),
         "also": tuple(dict.fromkeys(inner(name) for name in changed if name not in matrices)),
         "state": "none",
+        "load": None,
     }
     if not matrices:
         return FullConfig(kind="full", **beside)

@@ -160,7 +160,7 @@ def _words(settings: Mapping[str, Any]) -> Iterator[str]:
 def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     adapter, train = params.adapter, params.train
-    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers", "state"})
+    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers", "state", "load", "load_init"})
     trained = [*getattr(adapter, "targets", ()), *adapter.also]
     trained += [f"the initial state ({adapter.state})"] if adapter.state != "none" else []
     tuned = receipt["tuned"]
@@ -182,6 +182,8 @@ def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict
         "Training": {
             "method": ", ".join([adapter.kind, *_words(settings)]),
             "trained": f"{', '.join(trained)}; layers: {adapter.layers}",
+            "frozen matrices kept in": "full" if params.model.quantize == "none" else params.model.quantize,
+            "begun from": adapter.load or "the method's own values",
             "epochs": f"{train.epochs:g}",
             "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
             "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",

@@ -4,15 +4,17 @@ import csv
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rwkv_core import checkpoint, models
+from rwkv_core import checkpoint, models, warm_start
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
+from rwkv_core.adapters.rows import without_unchanged
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.sampling import LeftOut, rows
 from rwkv_core.errors import InputError
@@ -24,6 +26,9 @@ from tasks import stage, tracking
 from tasks.params import Params, load
 from tasks.record import FILE, RunRecord, main_root
 
+START = Path("start")
+"""Where adapters lie that a run goes on from. dvc.yaml can't name a file that may be none: the folder is the dependency."""
+
 
 def train() -> None:
     """Base and outputs/data -> outputs/train: adapter.pth, history.csv, valid.csv, metrics.json, run.json.
@@ -34,7 +39,10 @@ def train() -> None:
     params = load()
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     base_sha256 = sha256(params.model.base)
-    digest = run_digest(params, base_sha256)
+    _check_place(params.adapter.load)
+    start = warm_start.read(params.adapter, params.model.base, base_sha256, params.model.quantize)
+    loaded = warm_start.digests(params.adapter)
+    digest = run_digest(params, base_sha256, loaded)
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -51,8 +59,8 @@ def train() -> None:
     lessons = rows(Documents(stage.DATA / "train"), params.train, params.seed, after_state=after_state)
     test = rows(Documents(stage.DATA / "valid"), params.train, None, after_state=after_state)
     originals = checkpoint.read(params.model.base) if params.model.quantize != "none" else None
-    adapted = attach(model, params.adapter, params.seed, originals)
-    del originals
+    adapted = attach(model, params.adapter, params.seed, originals=originals, start=start)
+    del originals, start
     trained = [p for p in model.parameters() if p.requires_grad]
     print(
         f"training {sum(p.numel() for p in trained)} parameters beside {len(adapted)} matrices of "
@@ -79,14 +87,16 @@ def train() -> None:
         )
         write(
             stage.ADAPTER,
-            trained_state(model),
+            without_unchanged(trained_state(model), lambda: checkpoint.read(params.model.base), dtype),
             AdapterRecord(
                 format=1,
-                adapter=params.adapter,
+                # what files were called changes no byte
+                adapter=params.adapter.model_copy(update=dict.fromkeys(loaded)),
                 quantize=params.model.quantize,
                 base_sha256=base_sha256,
                 data_sha256=manifest["source"]["sha256"],
                 vocabulary_sha256=manifest["vocabulary"]["sha256"],
+                loaded=loaded["load"],
                 run=digest,
             ),
         )
@@ -103,9 +113,20 @@ def train() -> None:
     )
 
 
-def run_digest(params: Params, base_sha256: str) -> str:
-    """Name of a run: everything that its result depends on. checkpoint_every is not among it."""
+def _check_place(load: Path | None) -> None:
+    """Raises InputError if DVC would not see that the file has changed."""
+    if load is not None and not load.resolve().is_relative_to(START.resolve()):
+        raise InputError(
+            f"adapter.load = {load}",
+            f"must be in {START}/, which is what dvc.yaml has as the dependency",
+            f"copy it there: cp -r {load} {START}/",
+        )
+
+
+def run_digest(params: Params, base_sha256: str, loaded: Mapping[str, str | None]) -> str:
+    """Name of a run: everything that its result depends on. checkpoint_every is not among it, nor what files are called."""
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
+    shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
     del shaping["train"]["checkpoint_every"]
     data = [sha256(stage.DATA / f"{side}.{part}") for side in ("train", "valid") for part in ("bin", "idx")]
     text = json.dumps([shaping, params.model.how(), base_sha256, data], sort_keys=True)

@@ -2,28 +2,35 @@
 
 from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PissaConfig, StateConfig
 
-SOME = {"targets": ("att.receptance", "att.value", "ffn.*"), "layers": "all", "also": (), "state": "none"}
+NEW = {"state": "none", "load": None}
+SOME = {"targets": ("att.receptance", "att.value", "ffn.*"), "layers": "all", "also": (), **NEW}
+PLAIN = {"kind": "lora", "rank_stabilized": False, "dropout": 0.0, "dora": False}
 
 EXAMPLES = [
-    LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=False, **SOME),
-    PissaConfig(kind="pissa", rank=3, iterations=4, **SOME),
+    LoraConfig(rank=3, alpha=7.5, **PLAIN, **SOME),
+    PissaConfig(kind="pissa", rank=3, iterations=4, load_init=None, **SOME),
     BoneConfig(kind="bone", rank=5, **SOME),
     BatConfig(kind="bat", rank=8, **SOME),
-    FullConfig(kind="full", layers="all", also=("*",), state="none"),
-    StateConfig(kind="state", state="wkv", layers="all", also=()),
+    FullConfig(kind="full", layers="all", also=("*",), **NEW),
+    StateConfig(kind="state", state="wkv", layers="all", also=(), load=None),
 ]
 OTHERS = [
     LoraConfig(
-        kind="lora", rank=9, alpha=4.0, rank_stabilized=True, dropout=0.0, dora=False,
-        targets=("att.*",), layers="0-1", also=("ln*", "ln_out.*", "emb.weight"), state="none",
+        rank=9, alpha=4.0, **PLAIN | {"rank_stabilized": True},
+        targets=("att.*",), layers="0-1", also=("ln*", "ln_out.*", "emb.weight"), **NEW,
     ),
-    BoneConfig(kind="bone", rank=32, targets=("att.key", "ffn.key"), layers="2 0", also=("att.ln_x.*",), state="wkv"),
+    BoneConfig(
+        kind="bone", rank=32, targets=("att.key", "ffn.key"), layers="2 0", also=("att.ln_x.*",), **NEW | {"state": "wkv"}
+    ),
     LoraConfig(
-        kind="lora", rank=4, alpha=8.0, rank_stabilized=False, dropout=0.0, dora=False,
-        targets=("ffn.*",), layers="0", also=("ln2.*",), state="wkv and token shift",
+        rank=4, alpha=8.0, **PLAIN, targets=("ffn.*",), layers="0", also=("ln2.*",), **NEW | {"state": "wkv and token shift"}
     ),
-    LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=True, **SOME),
-    FullConfig(kind="full", layers="1", also=("att.*", "head.weight"), state="none"),
-    StateConfig(kind="state", state="wkv and token shift", layers="all", also=("ln_out.*",)),
+    LoraConfig(rank=3, alpha=7.5, **PLAIN | {"dora": True}, **SOME),
+    LoraConfig(
+        rank=2, alpha=4.0, **PLAIN,
+        targets=("att.key",), layers="0 2", also=("ln_out.*", "emb.weight[3 60-63]", "head.weight[60-63]"), **NEW,
+    ),
+    FullConfig(kind="full", layers="1", also=("att.*", "head.weight"), **NEW),
+    StateConfig(kind="state", state="wkv and token shift", layers="all", also=("ln_out.*",), load=None),
 ]  # fmt: skip
 """More settings of the same."""

@@ -76,6 +76,17 @@ def test_a_changed_file_makes_the_stages_that_use_it_stale(project, file, stale)
     assert {name for name in status if "demo" not in name} == stale
 
 
+def test_an_adapter_to_go_on_from_is_a_dependency(project):
+    adapter = project.root / "start/mine.pth"
+    adapter.write_bytes((project.root / "outputs/train/adapter.pth").read_bytes())
+    project.set(adapter__load="start/mine.pth")
+    project.dvc("repro", "train")
+    adapter.write_bytes(adapter.read_bytes() + b" ")  # the same name
+    status = json.loads(project.dvc("status", "train", "--json").stdout)
+    adapter.unlink()
+    assert {"changed deps": {"start": "modified"}} in status["train"]
+
+
 def test_a_setting_that_no_stage_depends_on_changes_nothing(project):
     project.set(tracking__experiment="another")
     assert ran(project.dvc("repro").stdout) == []

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from rwkv_core.adapters.dora import DoraLinear
 from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
+from rwkv_core.adapters.rows import Rows, check, placed, stand_in
 from rwkv_core.adapters.state import give
 from rwkv_core.errors import InputError
 from rwkv_core.formats import tuned_state
@@ -34,7 +35,12 @@ def method(config: "AdapterConfig") -> type[AdaptedLinear]:
 
 
 def attach(
-    model: nn.Module, config: "AdapterConfig", seed: int, originals: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    config: "AdapterConfig",
+    seed: int,
+    *,
+    originals: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Freeze `model` but for what the method trains, in place. It computes what it did, but for PiSSA's rounding.
 
@@ -44,14 +50,16 @@ def attach(
         seed: of the adapter's initial values.
         originals: the tensors of the checkpoint. A method that takes something out of a packed matrix takes it out of the
             original, if that is given, and packs what is left.
+        start: the `trained_state` of another model of this base and method, whose values it begins with instead. Then the
+            model computes what that one did, to the bit.
 
     Returns:
         Names of the adapted modules, in the model's order.
 
     Raises:
         InputError: a pattern matches nothing, so something would silently not be trained; one asks for a matrix that is
-            adapted, or packed; the model has no such layer; the rank does not fit a matrix; or an RWKV-4 is to have a tuned
-            state.
+            adapted, or packed; the model has no such layer; the rank does not fit a matrix; an RWKV-4 is to have a tuned
+            state; or `start` lacks something, has more, or is of other shapes.
     """
     model.requires_grad_(False)
     give(model, config.state)
@@ -64,30 +72,45 @@ def attach(
         )
     generator = torch.Generator().manual_seed(seed)
     for name in adapted:
+        base: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         try:
-            module = _adapted(model.get_submodule(name), config, generator, (originals or {}).get(f"{name}.weight"))
+            parts = None if start is None else _under(name, start)
+            module = _adapted(base, config, generator, (originals or {}).get(f"{name}.weight"), parts)
         except ValueError as error:
+            if start is not None:
+                raise InputError(f"adapter.load: {name}", str(error), _OTHER) from None
             raise InputError(f"adapter.rank beside {name}", str(error), "set one that does") from None
         model.set_submodule(name, module)
     for name in also:
         p = parameters[name]
         p.data = p.data.to(wide(p))  # small steps would be lost in bfloat16
         p.requires_grad_(True)
+    for name, chosen in chosen_rows(config, parameters).items():
+        model.set_submodule(name, stand_in(model.get_submodule(name), chosen))
+    if start is not None:
+        _take(model, start, adapted)
     return adapted
 
 
 def _adapted(
-    base: nn.Module, config: "AdapterConfig", generator: torch.Generator, original: Tensor | None
+    base: nn.Linear,
+    config: "AdapterConfig",
+    generator: torch.Generator,
+    original: Tensor | None,
+    parts: Mapping[str, Tensor] | None,
 ) -> AdaptedLinear:
-    make, packed = method(config), base.weight
+    """What takes the place of a matrix; of a packed one that something is taken out of, the rest is packed again."""
+    make = method(config)
+    packed: Any = base.weight
     takes_out = make.frozen is not AdaptedLinear.frozen
-    if not (takes_out and isinstance(packed, Packed)):
-        return make(base, config, generator)  # type: ignore[arg-type]
-    whole = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
-    weight = packed.unpacked() if original is None else original.to(packed.device, torch.float32)
-    whole.weight = nn.Parameter(weight, requires_grad=False)
-    module = make(whole, config, generator)
-    hold(module, Packed(module.weight, packed.form))
+    again = takes_out and isinstance(packed, Packed)
+    if again:
+        weight = packed.unpacked() if original is None else original.to(packed.device, torch.float32)
+        base = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
+        base.weight = nn.Parameter(weight, requires_grad=False)
+    module = make(base, config, generator) if parts is None else make.continued(base, config, parts)
+    if again:
+        hold(module, Packed(module.weight, packed.form))
     return module
 
 
@@ -99,6 +122,51 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.rpartition(".")[0], torch.empty(module.shape, device="meta")
         else:
             yield name, p
+
+
+_OTHER = "set targets, layers and also to what it was trained with"
+
+
+def _under(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a module has of these, by its own names."""
+    within = (name.rpartition(".") for name in tensors)
+    return {part: tensors[f"{owner}.{part}"] for owner, _, part in within if owner == module}
+
+
+@torch.no_grad()
+def _take(model: nn.Module, start: Mapping[str, Tensor], adapted: Sequence[str]) -> None:
+    """Set what is trained beside the adapted matrices, which have theirs.
+
+    Raises:
+        InputError: as `attach`.
+    """
+    trained = trained_state(model)
+    start = dict(start)
+    for module in _OF_TOKENS:  # trained whole, and saved as the rows that changed
+        if f"{module}.weight" in trained and f"{module}.values" in start:
+            parts = {part: start.pop(f"{module}.{part}") for part in ("rows", "values") if f"{module}.{part}" in start}
+            try:
+                check(trained[f"{module}.weight"].shape, parts)
+                start[f"{module}.weight"] = placed(trained[f"{module}.weight"], parts)
+            except ValueError as error:
+                raise InputError(f"adapter.load: {module}", str(error), _OTHER) from None
+    faults = {"it lacks": trained.keys() - start.keys(), "it has": start.keys() - trained.keys()}
+    for fault, names in faults.items():
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rule = "these settings train it" if fault == "it lacks" else "these settings do not train it"
+            raise InputError(f"adapter.load: {fault} {listed}", rule, _OTHER)
+    inside = set(adapted)
+    for name, x in trained.items():
+        if name.rpartition(".")[0] not in inside:
+            given = start[name]
+            if x.shape != given.shape:
+                raise InputError(
+                    f"adapter.load: {name} is {tuple(given.shape)}", f"it must be {tuple(x.shape)}", _OTHER
+                )
+            if not x.is_floating_point() and not torch.equal(x.cpu(), given.cpu()):
+                raise InputError(f"adapter.load: {name} are other ones", "these settings train others", _OTHER)
+            x.copy_(given)
 
 
 def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -122,7 +190,7 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
     if config.kind != "full" and config.kind != "state":
         matrices = [name.removesuffix(".weight") for name in there if is_matrix(name, tensors[name])]
         adapted = _matching("targets", config.targets, matrices)
-    also = _matching("also", config.also, there)
+    also = _matching("also", [x for x in config.also if not _ROWS.fullmatch(x)], there)
     twice = sorted({f"{name}.weight" for name in adapted} & set(also))
     if twice:
         raise InputError(
@@ -133,9 +201,35 @@ def select(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> tuple[list
     return adapted, also + [name for name in tensors if inner(name) in tuned_state.PARTS[config.state]]
 
 
+_OF_TOKENS = ("emb", "head")
+_ROWS = re.compile(r"(emb|head)\.weight\[(.+)\]")
+
+
+def chosen_rows(config: "AdapterConfig", tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Rows that `also` names, as in emb.weight[65530-65535], of the embedding and the head; ascending.
+
+    Args:
+        config: the method.
+        tensors: a model's, by their names in a checkpoint.
+
+    Raises:
+        InputError: there are no such rows, or all of the matrix is trained too.
+    """
+    chosen: dict[str, set[int]] = {}
+    for pattern in config.also:
+        if found := _ROWS.fullmatch(pattern):
+            name = f"{found[1]}.weight"
+            if name in select(config, tensors)[1]:
+                raise InputError(f"adapter.also has {pattern}", f"{name} is trained whole", "leave one of them out")
+            count = len(tensors[name])
+            chosen.setdefault(found[1], set()).update(numbers(found[2], count, f"adapter.also: {name}", "rows"))
+    return {module: sorted(found) for module, found in chosen.items()}
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What was learned, by name: the parameters that require gradients; and what a merge needs beside them."""
-    kept = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, AdaptedLinear) for part in m.KEPT}
+    modules = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear | Rows))
+    kept = {f"{name}.{part}" for name, m in modules for part in m.KEPT}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return {name: x.detach() for name, x in model.state_dict(keep_vars=True).items() if name in trained | kept}
 
@@ -183,27 +277,33 @@ def _in_block(name: str) -> bool:
 
 
 def layer_numbers(text: str, count: int, setting: str) -> range | list[int]:
+    """The layers that "all" or "0-3 25-31" means; see `numbers`."""
+    return numbers(text, count, setting, "layers")
+
+
+def numbers(text: str, count: int, setting: str, of: str) -> range | list[int]:
     """The numbers that "all" or "0-3 25-31" means.
 
     Args:
         text: numbers and ranges, or "all".
-        count: how many layers the model has.
+        count: how many there are in the model.
         setting: what the text is the value of, for messages.
+        of: what is numbered.
 
     Raises:
-        InputError: the model has no such layer, or the text is no such list.
+        InputError: the model has no such number, or the text is no such list.
     """
     if text == "all":
         return range(count)
     chosen: list[int] = []
     for item in text.split():
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-        if not numbers or numbers[-1] >= count:
+        some = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+        if not some or some[-1] >= count:
             raise InputError(
                 f"{setting} has {item}",
-                f"the model's layers are 0 to {count - 1}",
+                f"the model's {of} are 0 to {count - 1}",
                 "name some of these as in 0-3 7, or all",
             )
-        chosen += numbers
+        chosen += some
     return chosen

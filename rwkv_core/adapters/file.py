@@ -43,6 +43,9 @@ class AdapterRecord(Config):
     vocabulary_sha256: str | None
     """The tokenizer's table."""
 
+    loaded: str | None = None
+    """The adapter that the training began from, if it did from one; not in files of before there was `adapter.load`."""
+
     run: str | None
     """Digest of all that the training depended on: equal digests, equal adapters."""
 
@@ -52,7 +55,8 @@ class AdapterRecord(Config):
         """What a method could not do yet, its records do not say."""
         if not isinstance(adapter, dict):
             return adapter
-        return {"state": "none"} | ({"dora": False} if adapter.get("kind") == "lora" else {}) | adapter
+        later: dict[str, dict[str, Any]] = {"lora": {"dora": False}, "pissa": {"load_init": None}}
+        return {"state": "none", "load": None} | later.get(adapter.get("kind", ""), {}) | adapter
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: AdapterRecord) -> None:

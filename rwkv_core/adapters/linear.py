@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,34 @@ class AdaptedLinear(nn.Linear, ABC):
         """
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         hold(self, base.weight)
+
+    @classmethod
+    def continued(cls, base: nn.Linear, config: Any, parts: Mapping[str, Tensor]) -> Self:
+        """Take the matrix's place with the effect that another of these had, to the bit.
+
+        Args:
+            base: as it was when the other took its place.
+            config: of the method.
+            parts: PARTS and KEPT of the other, by name.
+
+        Raises:
+            ValueError: they are others, or of other shapes.
+        """
+        layer = cls(base, config, torch.Generator())
+        layer.take(parts)
+        return layer
+
+    @torch.no_grad()
+    def take(self, parts: Mapping[str, Tensor]) -> None:
+        """Set PARTS and KEPT.
+
+        Raises:
+            ValueError: as `continued`.
+        """
+        held: dict[str, Tensor] = {name: getattr(self, name) for name in (*self.PARTS, *self.KEPT)}
+        given = fitting(parts, {name: tuple(x.shape) for name, x in held.items()})
+        for x, value in zip(held.values(), given, strict=True):
+            x.copy_(value)
 
     def part(self, x: Tensor) -> nn.Parameter:
         """A trained tensor of these initial values: in full precision, even beside a base in bfloat16."""

@@ -8,7 +8,7 @@ Source: Meng et al. 2024, arXiv:2404.02948; the randomised decomposition: Halko 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,34 @@ class PissaLinear(AdaptedLinear):
     PARTS: ClassVar = ("lora_A", "lora_B")
     KEPT: ClassVar = ("init_lora_A", "init_lora_B")
 
-    def __init__(self, base: nn.Linear, config: "PissaConfig", generator: torch.Generator) -> None:
-        """See `AdaptedLinear`."""
+    def __init__(
+        self,
+        base: nn.Linear,
+        config: "PissaConfig",
+        generator: torch.Generator,
+        taken_out: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """See `AdaptedLinear`; `taken_out` are A0 and B0 of another, else they are made."""
         super().__init__(base, config, generator)
         weight = self.weight.detach().to(wide(self.weight))
         if config.rank > min(weight.shape):
             raise ValueError(f"the rank must be at most {min(weight.shape)}, that of the matrix")
-        seed = int(torch.randint(2**62, (), generator=generator))
-        a, b = principal(weight, config.rank, config.iterations, seed)
-        self.register_buffer("init_lora_A", a.contiguous())
-        self.register_buffer("init_lora_B", b.contiguous())
-        self.lora_A, self.lora_B = self.part(a.contiguous().clone()), self.part(b.contiguous().clone())
+        if taken_out is None:
+            seed = int(torch.randint(2**62, (), generator=generator))
+            taken_out = principal(weight, config.rank, config.iterations, seed)
+        a, b = (x.to(weight).contiguous() for x in taken_out)
+        self.register_buffer("init_lora_A", a)
+        self.register_buffer("init_lora_B", b)
+        self.lora_A, self.lora_B = self.part(a.clone()), self.part(b.clone())
         self.weight = nn.Parameter(torch.addmm(weight, b, a, alpha=-1).to(self.weight.dtype), requires_grad=False)
+
+    @classmethod
+    def continued(cls, base: nn.Linear, config: "PissaConfig", parts: Mapping[str, Tensor]) -> Self:
+        """See `AdaptedLinear.continued`."""
+        a, b = _fitting((base.out_features, base.in_features), parts, config)[2:]
+        layer = cls(base, config, torch.Generator(), (a, b))
+        layer.take(parts)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -46,19 +62,19 @@ class PissaLinear(AdaptedLinear):
     @staticmethod
     def frozen(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> Tensor:
         """See `AdaptedLinear.frozen`."""
-        _, _, a0, b0 = _fitting(weight, parts, config)
+        _, _, a0, b0 = _fitting(weight.shape, parts, config)
         return torch.addmm(weight, b0, a0, alpha=-1)
 
     @staticmethod
     def merged(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> Tensor:
         """See `AdaptedLinear.merged`."""
-        a, b, _, _ = _fitting(weight, parts, config)
+        a, b, _, _ = _fitting(weight.shape, parts, config)
         return torch.addmm(weight, b, a)
 
 
-def _fitting(weight: Tensor, parts: Mapping[str, Tensor], config: "PissaConfig") -> list[Tensor]:
-    """A, B, A0, B0."""
-    (out, into), rank = weight.shape, config.rank
+def _fitting(shape: tuple[int, ...], parts: Mapping[str, Tensor], config: "PissaConfig") -> list[Tensor]:
+    """A, B, A0 and B0 beside a matrix of that shape."""
+    (out, into), rank = shape, config.rank
     shapes = {"lora_A": (rank, into), "lora_B": (out, rank)}
     return fitting(parts, shapes | {f"init_{name}": shape for name, shape in shapes.items()})
 

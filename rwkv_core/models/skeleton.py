@@ -58,6 +58,14 @@ class Linear(nn.Linear):
         """(..., in) -> (..., out)."""
         return linear(x, self.weight)
 
+    def now(self) -> Tensor:
+        """The matrix as it is now, for who multiplies by it himself; of an adapted head, see `adapters.rows`."""
+        return self.weight
+
+    def trained_rows(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Where only some of its rows are trained: which, and what gets their gradient."""
+        return None, None
+
 
 def vector(channels: int) -> nn.Parameter:
     """A parameter per channel, as checkpoints store it: (1, 1, C)."""
@@ -179,13 +187,16 @@ class RWKV(nn.Module, ABC):
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The optimizer groups of the official pretraining: decay on the large matrices, `rates` for some vectors.
 
-        What an adapter trains beside a matrix is a large matrix too.
+        What an adapter trains beside a matrix is a large matrix too. But where something is frozen, rows of tokens do not
+        decay: AdamW would move those of tokens that never occur.
         """
+        tuned = not all(p.requires_grad for p in self.parameters())
+        of_tokens = {"emb.weight", "emb.values", "head.values"} if tuned else set()
         groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
         for name, p in self.named_parameters():
             rate = next((rate for end, rate in self.rates.items() if name.endswith(end)), 1.0)
             owner = self.get_submodule(name.rpartition(".")[0])
-            decayed = p.squeeze().ndim >= 2 and isinstance(owner, nn.Linear | nn.Embedding)
+            decayed = p.squeeze().ndim >= 2 and isinstance(owner, nn.Linear | nn.Embedding) and name not in of_tokens
             if p.requires_grad:
                 groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(p)
         return [{"params": params, "lr": rate * lr, "weight_decay": wd} for (rate, wd), params in groups.items()]

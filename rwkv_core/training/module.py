@@ -30,7 +30,7 @@ class Training(pl.LightningModule):
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         features, _ = self.model.features(batch.inputs)
-        return features.flatten(0, 1), self.model.head.weight, batch.targets.flatten()
+        return features.flatten(0, 1), self.model.head.now(), batch.targets.flatten()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout a function of the seed and the micro-batch, so that a continued run draws what it would have."""
@@ -40,7 +40,8 @@ class Training(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of its step's mean cross-entropy: one number, however the step is cut up."""
-        loss = head_loss(*self._inputs(batch), self._config.l2_wrap) / batch.step_tokens
+        rows, values = self.model.head.trained_rows()
+        loss = head_loss(*self._inputs(batch), self._config.l2_wrap, rows=rows, values=values) / batch.step_tokens
         self.step_loss += float(loss.detach())
         return loss * self._config.accumulate  # Lightning divides by it; the shares add up without
 

@@ -250,6 +250,46 @@ def test_only_what_is_trained_gets_gradients():
         assert not head_loss(hidden, weight, targets).requires_grad
 
 
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_rows_of_the_weight_are_trained(where, dtype):
+    """They get what they would get if all were, no other needs memory, and all else is as it was."""
+    hidden, weight, targets = draw(2 * ROWS + 5, dtype=dtype, device=where.device)
+    rows = torch.tensor([VOCAB - 1, 0, 7], device=where.device)
+    loss, dhidden, dweight = run(partial(apply, where.form), hidden, weight, targets, 1e-2)
+    h, values = hidden.clone().requires_grad_(), weight[rows].float().requires_grad_()
+    other = apply(where.form, h, weight, targets, 1e-2, None, rows, values)
+    (-1.7 * other).backward()
+    assert torch.equal(other, loss)
+    assert torch.equal(h.grad, dhidden)
+    assert values.grad.dtype == torch.float32
+    torch.testing.assert_close(
+        values.grad, dweight[rows].float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
+    reference = weight[rows].clone().requires_grad_()
+    (-1.7 * head_loss_reference(hidden, weight, targets, 1e-2, None, rows, reference)).backward()
+    torch.testing.assert_close(
+        values.grad, reference.grad.float(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-2
+    )
+
+
+def test_rows_that_do_not_fit_are_refused():
+    hidden, weight, targets = draw(4)
+    rows, values = torch.tensor([1, 2]), weight[1:3]
+    for bad in (
+        (None, values),
+        (rows, None),
+        (rows, values[:1]),
+        (rows[:1], values),
+        (rows, values[:, 1:]),
+        (rows[None], values),
+    ):
+        with pytest.raises(ValueError, match="train either the weight or some of its rows"):
+            head_loss(hidden, weight, targets, rows=bad[0], values=bad[1])
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        head_loss(hidden, weight.requires_grad_(), targets, rows=rows, values=values)
+
+
 def test_backward_may_run_twice():
     hidden, weight, targets = draw(ROWS + 3)
     hidden.requires_grad_()
@@ -262,7 +302,7 @@ def test_backward_may_run_twice():
 def test_token_nll_is_the_cross_entropy_of_each_position(where):
     hidden, weight, targets = draw(2 * ROWS + 5, device=where.device)
     targets[:2] = IGNORE
-    nll = module._forward(hidden, weight, targets, None, 0.0, where.form, False, False)[1]
+    nll = module._forward(hidden, weight, targets, None, 0.0, where.form, False, False, None, None)[1]
     log_p = torch.log_softmax(hidden.double() @ weight.double().T, 1)
     for row, target in enumerate(targets.tolist()):
         want = 0.0 if target == IGNORE else -log_p[row, target].item()
@@ -370,7 +410,10 @@ def test_is_a_sound_custom_op(where):
     for trained in (True, False):
         xs = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained), targets
         each = weights(20, where.device) if trained else None
-        torch.library.opcheck(module._forward.registered, (*xs, each, 1e-2, where.form, True, trained))
+        torch.library.opcheck(module._forward.registered, (*xs, each, 1e-2, where.form, True, trained, None, None))
+    xs, rows = (hidden.detach().requires_grad_(), weight, targets), torch.tensor([5, 2], device=where.device)
+    values = weight[rows].clone().requires_grad_()
+    torch.library.opcheck(module._forward.registered, (*xs, None, 1e-2, where.form, True, True, rows, values))
 
 
 @everywhere

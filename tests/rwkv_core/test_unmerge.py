@@ -27,7 +27,8 @@ def tuned(random_model, tmp_path):
         attach(model, config, seed=0)
         generator = torch.Generator().manual_seed(0)
         tensors = {
-            name: x + 0.1 * torch.randn(x.shape, generator=generator) for name, x in trained_state(model).items()
+            name: x + 0.1 * torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
+            for name, x in trained_state(model).items()
         }
         digest = sha256(tmp_path / "base.pth")
         record = AdapterRecord(

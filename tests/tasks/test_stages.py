@@ -16,6 +16,7 @@ from project import make, write_base
 from rwkv_core import checkpoint
 from rwkv_core.adapters import file as adapter_file
 from rwkv_core.data.binidx import Documents
+from rwkv_core.files import sha256
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,12 @@ def bad_inputs():
     yield "train", base(lambda f: torch.save({"a": Malicious()}, f)), ["system", "must not run code", "do not trust"]
     yield "train", base(lambda f: f.unlink()), ["base.pth", "must be there", "correct the path"]
     yield "train", setting(adapter__targets=["att.kye"]), ["att.kye", "att.key"]
+    yield (
+        "train",
+        setting(adapter__load="outputs/train/adapter.pth"),
+        ["must be in start/", "cp -r outputs/train/adapter.pth"],
+    )
+    yield "train", setting(adapter__load="start/none.pth"), ["adapter.load = start/none.pth", "there is no such file"]
     yield "train", setting(train__optimizer__warmup_steps=10_000), ["warmup_steps = 10000", "optimizer steps"]
     yield (
         "merge",
@@ -247,6 +254,27 @@ def test_other_settings_do_not_continue_the_old_run(fresh):
     fresh.set(train__optimizer__lr=0.02)
     assert "continuing" not in fresh.stage("train").stdout
     assert json.loads((fresh.root / "outputs/train/metrics.json").read_text())["resumed_at"] == 0
+
+
+def test_a_training_goes_on_from_an_adapter(done, fresh):
+    shutil.copy(fresh.root / "outputs/train/adapter.pth", fresh.root / "start/first.pth")
+    fresh.set(adapter__load="start/first.pth")
+    fresh.stage("train")
+    metrics, before = (p.json("outputs/train/metrics.json") for p in (fresh, done))
+    assert metrics["valid_loss_before"] == before["valid_loss"]
+    assert metrics["valid_loss"] < before["valid_loss"]
+    _, first = adapter_file.read(done.root / "outputs/train/adapter.pth")
+    _, record = adapter_file.read(fresh.root / "outputs/train/adapter.pth")
+    assert (first.loaded, first.run == record.run) == (None, False)
+    assert record.loaded == sha256(fresh.root / "start/first.pth")
+    fresh.stage("merge")
+    fresh.stage("evaluate")
+    assert "start/first.pth" in (fresh.root / "outputs/evaluate/report.html").read_text()
+    once = files(fresh)["outputs/train/adapter.pth"]
+    (fresh.root / "start/first.pth").rename(fresh.root / "start/other.pth")  # what it is called changes no byte
+    fresh.set(adapter__load="start/other.pth")
+    fresh.stage("train")
+    assert files(fresh)["outputs/train/adapter.pth"] == once
 
 
 def test_a_limit_on_file_size_is_what_the_test_says():

@@ -9,12 +9,12 @@ from rwkv_core.adapters import METHODS, attach, method
 from rwkv_core.config import BatConfig, BoneConfig, LoraConfig, PissaConfig
 from rwkv_core.quantize import Packed, QuantizedLinear
 
-SOME = {"targets": ("att.x",), "layers": "all", "also": (), "state": "none"}
+SOME = {"targets": ("att.x",), "layers": "all", "also": (), "state": "none", "load": None}
 EXAMPLES = [
     (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=False, **SOME), 12, 8),
     (LoraConfig(kind="lora", rank=9, alpha=2.0, rank_stabilized=True, dropout=0.0, dora=False, **SOME), 8, 12),
     (LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=True, **SOME), 12, 8),
-    (PissaConfig(kind="pissa", rank=3, iterations=4, **SOME), 12, 8),
+    (PissaConfig(kind="pissa", rank=3, iterations=4, load_init=None, **SOME), 12, 8),
     (BoneConfig(kind="bone", rank=4, **SOME), 12, 8),
     (BoneConfig(kind="bone", rank=5, **SOME), 12, 8),
     (BoneConfig(kind="bone", rank=12, **SOME), 12, 20),

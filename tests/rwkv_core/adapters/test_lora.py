@@ -9,7 +9,7 @@ from rwkv_core.config import LoraConfig
 def config(rank=4, alpha=6.0, dropout=0.0, rank_stabilized=False):
     return LoraConfig(
         kind="lora", rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout, dora=False, targets=("x",),
-        layers="all", also=(), state="none",
+        layers="all", also=(), state="none", load=None,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from rwkv_core.formats.tuned_state import PARTS, is_part
 from rwkv_core.models import rwkv7
 from rwkv_core.models.state import BlockState, mount
 
-STATE = StateConfig(kind="state", state="wkv and token shift", layers="all", also=())
+STATE = StateConfig(kind="state", state="wkv and token shift", layers="all", also=(), load=None)
 
 every_version = pytest.mark.parametrize("version", [version for version in VERSIONS if version != "4"])
 

@@ -66,6 +66,7 @@ lora = LoraConfig(
     layers="all",
     also=(),
     state="none",
+    load=None,
 )
 attach(model, lora, seed=3)
 model.ln_out.register_forward_hook(lambda *_: happens("forward") if model.training else None)

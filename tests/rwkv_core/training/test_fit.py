@@ -15,17 +15,9 @@ from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.training.fit import fit
 
 LORA = LoraConfig(
-    kind="lora",
-    rank=4,
-    alpha=8,
-    dropout=0.0,
-    dora=False,
-    rank_stabilized=False,
-    targets=("att.*", "ffn.*"),
-    layers="all",
-    also=(),
-    state="none",
-)
+    kind="lora", rank=4, alpha=8, dropout=0.0, dora=False, rank_stabilized=False, targets=("att.*", "ffn.*"), layers="all",
+    also=(), state="none", load=None,
+)  # fmt: skip
 
 
 def settings(optimizer=None, **changes):
@@ -92,6 +84,25 @@ def bits(model):
 
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_of_tokens_learn_as_the_whole_matrix_does(precision, run):
+    def trained(*also):
+        return run(settings(precision=precision, epochs=0.3), adapter=LORA.model_copy(update={"also": also}))
+
+    whole, rows = trained("emb.weight", "head.weight"), trained("emb.weight[0-63]", "head.weight[all]")
+    part = trained("emb.weight[1-3]", "head.weight[1-3]")
+    off = 1e-5 if precision == "fp32" else 0.03
+    for of in ("train", "valid"):
+        want = losses(whole[1], of)
+        assert losses(rows[1], of) == pytest.approx(want, rel=off)
+        assert losses(part[1], of) != pytest.approx(want, rel=off)
+    tokens = torch.arange(1, 20)[None]
+    for model, _ in (rows, part):  # what is measured is what is there
+        with torch.no_grad():
+            got = model.head(model.features(tokens)[0])
+            assert torch.equal(got, torch.nn.functional.linear(model.features(tokens)[0], model.head.now()))
 
 
 def test_learns(run, data):
@@ -313,7 +324,7 @@ def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
     assert equal(bits(whole), bits(continued))
 
 
-STATE = StateConfig(kind="state", state="wkv", layers="all", also=())
+STATE = StateConfig(kind="state", state="wkv", layers="all", also=(), load=None)
 
 
 @pytest.mark.parametrize("adapter", [STATE, WITH_STATE, LORA], ids=lambda config: f"{config.kind}-{config.state}")
