@@ -18,20 +18,21 @@ from rwkv_core import memory
 from rwkv_core.adapters import METHODS, attach
 from rwkv_core.models.rwkv7 import RWKV7
 
-FROZEN = SimpleNamespace(kind="full", layers="0", also=("ln0.*",))
+FROZEN = SimpleNamespace(kind="full", layers="0", also=("ln0.*",), state="none")
 """All of the model's own backward runs, and next to nothing is trained."""
 
 
 def methods(rank: int) -> dict[str, Any]:
     """The configs, by kind, without pydantic."""
-    beside = {"rank": rank, "targets": TARGETS, "layers": "all", "also": ()}
+    beside = {"rank": rank, "targets": TARGETS, "layers": "all", "also": (), "state": "none"}
     more: dict[str, dict[str, Any]] = {"pissa": {"iterations": 4}}
     found = {kind: SimpleNamespace(kind=kind, **beside, **more.get(kind, {})) for kind in METHODS}
     return {
         "frozen": FROZEN,
         **found,
         "lora": lora(rank),
-        "full": SimpleNamespace(kind="full", layers="all", also=("*",)),
+        "full": SimpleNamespace(kind="full", layers="all", also=("*",), state="none"),
+        "state": SimpleNamespace(kind="state", layers="all", also=(), state="wkv"),
     }
 
 
