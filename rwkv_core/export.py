@@ -55,7 +55,7 @@ def export(model: Path, out: Path, formats: tuple[str, ...], dtype: Dtype, state
 
 @torch.no_grad()
 def _nats(model: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """(T,), the cross-entropy of each of some tokens after a state."""
+    """(T,), the cross-entropy of each of some tokens after a state, with the usual head size divisor: to compare two files."""
     loaded = models.load(model, dtype=dtype).eval()
     tokens = torch.arange(1, 34)[None] * 97 % loaded.config.vocab_size
     features, _ = loaded.features(tokens[:, :-1], mount(loaded.initial_state(1), state))

@@ -397,6 +397,10 @@ def test_merge_does_not_overwrite_what_it_reads(base, adapter):
         with pytest.raises(InputError, match="it is read, and would be overwritten; name another file"):
             merge(base, [Part(adapter)], out)
     assert (base.read_bytes(), adapter.read_bytes()) == before
+    adapter = adapter.rename(adapter.with_name("out.state.pth"))
+    with pytest.raises(InputError, match=r"out\.state\.pth: it is read, and would be overwritten; name another file"):
+        merge(base, [Part(adapter)], adapter.with_name("out.pth"))
+    assert (base.read_bytes(), adapter.read_bytes()) == before
 
 
 def test_merge_refuses_another_base(base, adapter, random_model, tmp_path):
