@@ -35,6 +35,7 @@ def methods(rank: int) -> dict[str, Any]:
         "lora": lora(rank),
         "lora, dora": lora(rank, dora=True),
         "full": SimpleNamespace(kind="full", layers="all", also=("*",), state="none"),
+        "state": SimpleNamespace(kind="state", layers="all", also=(), state="wkv"),
     }
 
 

@@ -188,8 +188,8 @@ def chat(
     model: Annotated[
         Path, typer.Argument(help="Any RWKV-4 to 7: outputs/merged/model.pth, .safetensors, .st, a folder.")
     ],
-    state: Annotated[Path | None, typer.Option(help="A tuned state, .pth, to begin from.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter trained on the model, to work beside it.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A tuned state to begin from: state.pth.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter trained on the model, and its state.")] = None,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
     tokenizer: Annotated[Path | None, typer.Option(help="20B_tokenizer.json, for a Pile model.")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,

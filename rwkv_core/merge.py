@@ -74,8 +74,10 @@ def merge(
             or `layers` names blocks that are not there.
     """
     taken = {path.resolve() for path in (base, *(part.path for part in adapters))}
-    if out.resolve() in taken:
-        raise InputError(str(out), "it is read, and would be overwritten", "name another file")
+    state = state or out.with_suffix(".state.pth")
+    for path in (out, state, tuned_state.whole(state)):
+        if path.resolve() in taken:
+            raise InputError(str(path), "it is read, and would be overwritten", "name another file")
     tensors, digest = checkpoint.read(base), sha256(base)
     start = dict(tensors)  # with the states, of zeros, from which the adapters began
     factors = _factors(layers, tensors)
@@ -114,7 +116,7 @@ def merge(
             "sha256": sha256(out), "bytes": out.stat().st_size,
             "matrices_changed": len(matrices), "tensors_replaced": len(shares.keys() & tensors.keys()) - len(matrices),
         },
-        "states": _write_states(state or out.with_suffix(".state.pth"), tuned),
+        "states": _write_states(state, tuned),
     }  # fmt: skip
 
 

@@ -156,6 +156,20 @@ def test_as_cloned_the_demo_comes_first(tmp_path):
     assert planned.index("demo/dvc.yaml:pretrain") < planned.index("train")
 
 
+def test_a_tuned_state_comes_and_goes_with_its_model(project):
+    """The folder of the merged model is one output: what is in it depends on the method."""
+    state = {"kind": "state", "state": "wkv", "layers": "all", "also": []}
+    project.set(adapter=state, train__rows="documents", train__optimizer__lr=0.1)
+    assert ran(project.dvc("repro").stdout) == ["train", "merge", "evaluate", "export"]
+    assert ran(project.dvc("repro").stdout) == []
+    made = [project.root / f"outputs/{name}" for name in ("merged/state.pth", "export/state.pth", "export/model.state")]
+    assert all(path.exists() for path in made)
+    project.run("git", "checkout", "-q", ".")
+    project.dvc("checkout", "-q", "--allow-missing")
+    assert not any(path.exists() for path in made)
+    assert ran(project.dvc("repro").stdout) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("version", "form"), [("4", ".pth"), ("5.2", ".st"), ("6", ".safetensors")])
 def test_older_versions_and_other_forms_go_through(project, version, form):

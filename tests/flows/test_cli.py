@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import random_models
 import torch
-from methods import EXAMPLES
+from methods import EXAMPLES, OTHERS
 from miniature import dvc, free_port, processes_in, wait_until
 
 from flows import cli
@@ -149,6 +149,37 @@ def test_merge_writes_a_checkpoint_and_its_receipt(
     assert changed == [f"blocks.1.{name}.weight" for name in ("att.receptance", "att.value", "ffn.key", "ffn.value")]
     for name in changed:
         torch.testing.assert_close(found[name], start[name] + 0.75)
+
+
+def test_merge_writes_a_tuned_state_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model = random_models.make()
+    base, adapter, out = (tmp_path / f"{name}.pth" for name in ("base", "adapter", "out"))
+    checkpoint.write(base, model.state_dict(), "bf16")
+    [config] = [x for x in OTHERS if x.kind == "state"]
+    attach(model, config, seed=0)
+    tensors = {name: torch.full_like(x, 0.5) for name, x in trained_state(model).items()}
+    about = {"base_sha256": sha256(base), "data_sha256": "", "vocabulary_sha256": "", "run": "r"}
+    file.write(adapter, tensors, AdapterRecord(format=1, adapter=config, **about))
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "merge", base, f"0.5*{adapter}", out)
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/out.state.pth: the tuned state, for a client to mount beside the model" in said
+    assert f"{tmp_path}/out.state.rwkv-flow.pth: the same with its token shift" in said
+    state = torch.load(tmp_path / "out.state.pth", weights_only=True)
+    assert list(state) == [f"blocks.{i}.att.time_state" for i in range(3)]
+    for x in state.values():
+        assert torch.equal(x, torch.full((4, 8, 8), 0.25, dtype=torch.bfloat16))
+    assert len(torch.load(tmp_path / "out.state.rwkv-flow.pth", weights_only=True)) == 9
+    start, found = checkpoint.read(base), checkpoint.read(out)
+    assert [name for name in start if not torch.equal(start[name], found[name])] == ["ln_out.weight", "ln_out.bias"]
+    out.unlink()
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "merge", base, adapter, out)
+    assert ended.value.code == 1
+    assert re.match("rwkvflow: .*out.state.pth: something is there already; name another", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rwkv_core import checkpoint, models
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, Problem
 from rwkv_core.export import export
 from rwkv_core.files import sha256
+from rwkv_core.models.state import mount
 
 
 @pytest.fixture
@@ -150,3 +151,64 @@ def test_what_web_rwkv_has_no_form_for_is_refused(out, tmp_path):
     ):
         export(tmp_path / "old.pth", out, ("st",), "as_loaded")
     assert list(out.iterdir()) == []
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A tuned state of the model, in all its parts."""
+    generator = torch.Generator().manual_seed(2)
+    parts = {"att.time_state": (4, 8, 8), "att.ts_state": (32,), "ffn.ts_state": (32,)}
+    tensors = {
+        f"blocks.{i}.{part}": 0.3 * torch.randn(shape, generator=generator)
+        for i in range(3)
+        for part, shape in parts.items()
+    }
+    checkpoint.write(tmp_path / "state.pth", tensors, "bf16")
+    return tmp_path / "state.pth"
+
+
+def test_a_state_is_written_for_each_client(model, state, out):
+    """Without its token shift; what the .st's clients read has rows that are keys."""
+    report = export(model, out, ("st", "pth"), "fp16", state)
+    assert sorted(path.name for path in out.iterdir()) == ["model.pth", "model.st", "model.state", "state.pth"]
+    assert report["merged"] == {"sha256": sha256(model), "state_sha256": sha256(state)}
+    source = {name: x for name, x in torch.load(state).items() if name.endswith(".time_state")}
+    back = torch.load(out / "state.pth", weights_only=True)
+    assert [(name, x.dtype, x.is_contiguous()) for name, x in back.items()] == [
+        (f"blocks.{i}.att.time_state", torch.bfloat16, True) for i in range(3)
+    ]
+    turned, metadata = read_safetensors(out / "model.state")
+    assert metadata == {"format": "pt"}
+    for name, x in source.items():
+        assert torch.equal(back[name], x)
+        assert torch.equal(turned[name], x.half().mT)
+    for form, name in (("pth", "state.pth"), ("st", "model.state")):
+        entry = report["formats"][form]["state"]
+        assert (entry["file"], entry["sha256"], entry["tensors"]) == (name, sha256(out / name), 3)
+        assert 0 <= entry["change_in_nats"] < 0.01
+    mounted = models.load(model, dtype=torch.float32)
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        logits = [
+            mounted(tokens, mount(mounted.initial_state(1), x))[0]
+            for x in (source, back, checkpoint.read(out / "model.state"))
+        ]
+    assert torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_turned_state_is_found(model, state, out, monkeypatch):
+    """What comes back is not only compared, but used: here by a model that is sure of itself."""
+    tensors = checkpoint.read(model)
+    checkpoint.write(model, tensors | {"head.weight": 10 * tensors["head.weight"]})
+    export(model, out, ("st",), "as_loaded", state)
+    whole = checkpoint.read
+
+    def turned(path):
+        tensors = whole(path)
+        return {name: x.mT for name, x in tensors.items()} if path.name == "model.state" else tensors
+
+    monkeypatch.setattr("rwkv_core.export._check", lambda source, back: {})
+    monkeypatch.setattr(checkpoint, "read", turned)
+    with pytest.raises(Problem, match=r"after the exported state a token changes by .* nats: rounding is less than"):
+        export(model, out, ("st",), "as_loaded", state)

@@ -92,6 +92,80 @@ def test_export_writes_what_it_checked(done):
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
 
 
+STATE = {"kind": "state", "state": "wkv", "layers": "all", "also": []}
+LORA_AND_STATE = {
+    "kind": "lora", "rank": 2, "alpha": 4, "rank_stabilized": False, "dropout": 0.0, "targets": ["att.*"], "layers": "all",
+    "also": [], "state": "wkv and token shift",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[STATE, LORA_AND_STATE], ids=["state", "lora and state"])
+def tuned(request, tmp_path_factory):
+    """A project that has tuned a state, alone or beside a LoRA."""
+    project = make(tmp_path_factory.mktemp("tuned"))
+    project.adapter = request.param
+    project.set(adapter=request.param, train__rows="documents", train__ctx_len=40, train__epochs=6)
+    if request.param is STATE:
+        project.set(train__optimizer__lr=0.5, train__optimizer__lr_final=0.05)
+    project.said = {name: project.stage(name).stdout for name in ("prepare", "train", "merge", "evaluate", "export")}
+    return project
+
+
+def test_a_tuned_state_goes_through_the_pipeline(tuned):
+    outputs = tuned.root / "outputs"
+    alone, whole = tuned.adapter is STATE, "token shift" in tuned.adapter["state"]
+    names = [f"blocks.{i}.att.time_state" for i in range(2)]
+    tensors, record = adapter_file.read(outputs / "train/adapter.pth")
+    assert record.adapter.model_dump(mode="json") == tuned.adapter
+    parts = 3 if whole else 1
+    assert len(tensors) == 2 * parts + (0 if alone else 2 * 2 * 4)
+    files = {"model.pth", "state.pth", "receipt.json", *(["state.rwkv-flow.pth"] if whole else [])}
+    assert {path.name for path in (outputs / "merged").iterdir()} == files
+    base, merged = (checkpoint.read(path) for path in (tuned.root / "mine/base.pth", outputs / "merged/model.pth"))
+    assert list(base) == list(merged)
+    assert all(torch.equal(base[name], merged[name]) for name in base) == alone
+    state = torch.load(outputs / "merged/state.pth", weights_only=True)
+    assert list(state) == names
+    for name, x in state.items():
+        assert x.any()
+        assert torch.equal(x, tensors[name].bfloat16())
+    receipt = tuned.json("outputs/merged/receipt.json")
+    assert receipt["states"]["state.pth"]["sha256"] == sha256(outputs / "merged/state.pth")
+    exported = tuned.json("outputs/export/conformance.json")
+    assert torch.equal(torch.load(outputs / "export/state.pth")[names[0]], state[names[0]])
+    assert exported["formats"]["st"]["state"]["file"] == "model.state"
+    assert (outputs / "export/model.state").exists()
+    assert "outputs/export/state.pth" in tuned.said["export"]
+
+
+def test_a_tuned_state_is_judged_mounted(tuned):
+    """Both models on all tokens but each document's first."""
+    documents = Documents(tuned.root / "outputs/data/valid")
+    metrics = tuned.json("outputs/evaluate/metrics.json")
+    assert metrics["tokens"] == documents.tokens - len(documents)
+    assert metrics["tuned"]["loss"] < metrics["base"]["loss"] - 0.2
+    assert metrics["better"] == 1
+    state = tuned.root / "outputs/merged" / ("state.rwkv-flow.pth" if tuned.adapter is not STATE else "state.pth")
+    assert tuned.json("outputs/evaluate/receipt.json")["tuned"]["state_sha256"] == sha256(state)
+    page = (tuned.root / "outputs/evaluate/report.html").read_text()
+    assert sha256(state)[:16] in page
+    assert f"the initial state ({tuned.adapter['state']})" in page
+
+
+def test_what_documents_lose_is_told(tuned):
+    sizes = Documents(tuned.root / "outputs/data/train").sizes - 1
+    metrics = tuned.json("outputs/train/metrics.json")
+    cut, lost = int((sizes > 40).sum()), int((sizes - 40).clip(0).sum())
+    assert cut > 0
+    assert (metrics["documents_cut"], metrics["tokens_left_out"]) == (cut, lost)
+    assert (
+        f"train.ctx_len = 40 cuts {cut} of {len(sizes)} documents off: {lost} tokens are left out in every epoch"
+        in tuned.said["train"]
+    )
+    assert metrics["valid_loss"] < metrics["valid_loss_before"]
+    assert metrics["tokens"] == 6 * (int(sizes.sum()) - lost)
+
+
 @pytest.mark.slow
 def test_the_same_inputs_make_the_same_bytes(done, fresh):
     for name in ("prepare", "train", "merge", "evaluate", "export"):
@@ -137,6 +211,7 @@ def bad_inputs():
     yield "train", base(lambda f: torch.save({"weight": torch.zeros(2)}, f)), ["base.pth", "no RWKV names"]
     yield "train", base(lambda f: torch.save({"a": Malicious()}, f)), ["system", "must not run code", "do not trust"]
     yield "train", base(lambda f: f.unlink()), ["base.pth", "must be there", "correct the path"]
+    yield "prepare", setting(adapter__state="wkv"), ["train.rows = packed", "begin anywhere; set documents"]
     yield "train", setting(adapter__targets=["att.kye"]), ["att.kye", "att.key"]
     yield (
         "train",

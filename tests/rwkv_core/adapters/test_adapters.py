@@ -380,6 +380,68 @@ def test_layers_take_part_as_much_as_is_said(base, two, tmp_path):
             torch.testing.assert_close(found[name], x + factor * (alone[name] - x), rtol=1e-5, atol=1e-6)
 
 
+def test_states_are_added_by_weight_and_left_out_by_block(base, tokens, tmp_path):
+    """In all blocks there is a state; one that takes no part has the zeros that it began from."""
+    files, states = [], []
+    for config, seed in ((OTHERS[1], 1), (OTHERS[2], 2)):
+        model = models.load(base)
+        attach(model, config, seed=0)
+        train(model, torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(seed)))
+        files.append(tmp_path / f"{seed}.pth")
+        file.write(files[-1], trained_state(model), record(base, config))
+        states.append(trained_state(model))
+    merge(base, [Part(files[0], 0.5), Part(files[1], -1.0)], tmp_path / "merged.pth", layers="0.3*0 2")
+    found = checkpoint.read(tmp_path / "merged.state.rwkv-flow.pth")
+    assert len(found) == 9
+    for name, x in found.items():
+        want = 0.5 * states[0].get(name, torch.zeros_like(x)) - states[1][name]
+        assert x.any() == (".1." not in name)
+        torch.testing.assert_close(x, want if ".1." not in name else 0 * x)
+    clients = checkpoint.read(tmp_path / "merged.state.pth")
+    assert list(clients) == [f"blocks.{i}.att.time_state" for i in range(3)]
+    assert all(torch.equal(x, found[name]) for name, x in clients.items())
+
+
+def test_a_state_is_of_all_blocks_whatever_layers_says(tiny):
+    config = next(x for x in OTHERS if x.kind == "lora" and x.state != "none")
+    assert config.layers == "0"
+    attach(tiny, config, seed=0)
+    names = set(trained_state(tiny))
+    parts = ("att.time_state", "att.ts_state", "ffn.ts_state")
+    assert {f"blocks.{i}.{part}" for i in range(3) for part in parts} < names
+    assert not any(name.startswith(("blocks.1", "blocks.2")) for name in names if not name.endswith(parts))
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "message"),
+    [
+        ("blocks.1.att.time_state", lambda x: x[:1], r"is \(1, 8, 8\); it must be \(4, 8, 8\)"),
+        ("blocks.1.att.time_state", lambda x: x.flatten(), r"is \(256,\); it must be \(4, 8, 8\)"),
+        ("blocks.2.ffn.ts_state", lambda x: x[1:], r"is \(31,\); it must be \(32,\)"),
+        ("blocks.0.att.ts_state", None, "its settings say that it was trained, and it is not there"),
+    ],
+)
+def test_merge_refuses_a_state_that_does_not_fit(part, damage, message, base, tiny, tmp_path):
+    attach(tiny, OTHERS[-1], seed=0)
+    tensors = {name: x for name, x in trained_state(tiny).items() if name != part or damage}
+    if damage:
+        tensors[part] = damage(tensors[part]).contiguous()
+    file.write(tmp_path / "adapter.pth", tensors, record(base, OTHERS[-1]))
+    refuse_merge(base, tmp_path / "adapter.pth", f"{part}: does not fit the base: {message}")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_a_record_of_before_states_is_read(base, adapter, tmp_path):
+    """It does not say that it has none."""
+    [entry] = [name for name in zipfile.ZipFile(adapter).namelist() if name.endswith("rwkv-flow.json")]
+    values = json.loads(zipfile.ZipFile(adapter).read(entry))
+    assert values["adapter"].pop("state") == "none"
+    torch.save(torch.load(adapter), tmp_path / "archive.pth")  # its tensors lie in a folder of the file's name
+    with zipfile.ZipFile(tmp_path / "archive.pth", "a") as archive:
+        archive.writestr(entry, json.dumps(values))
+    assert file.read_record(tmp_path / "archive.pth") == file.read_record(adapter)
+
+
 @pytest.mark.parametrize("layers", ["3", "0.2*0-3", "x", "0.2*", "*1", "2-1"])
 def test_layers_that_can_not_be_merged_are_refused(layers, base, adapter, tmp_path):
     with pytest.raises(InputError, match=r"layers has .*: the model's layers are 0 to 2"):
@@ -392,6 +454,10 @@ def test_merge_does_not_overwrite_what_it_reads(base, adapter):
     for out in (base, adapter, base.parent / "." / base.name):
         with pytest.raises(InputError, match="it is read, and would be overwritten; name another file"):
             merge(base, [Part(adapter)], out)
+    assert (base.read_bytes(), adapter.read_bytes()) == before
+    adapter = adapter.rename(adapter.with_name("out.state.pth"))
+    with pytest.raises(InputError, match=r"out\.state\.pth: it is read, and would be overwritten; name another file"):
+        merge(base, [Part(adapter)], adapter.with_name("out.pth"))
     assert (base.read_bytes(), adapter.read_bytes()) == before
 
 

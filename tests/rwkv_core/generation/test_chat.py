@@ -1,6 +1,6 @@
 import pytest
 import torch
-from methods import EXAMPLES
+from methods import EXAMPLES, OTHERS
 from random_models import make
 
 from rwkv_core import checkpoint
@@ -224,6 +224,41 @@ def test_an_adapter_that_does_not_fit_is_refused(base, adapter):
         file.write(adapter, wrong, record)
         with pytest.raises(InputError, match=r"does not fit the base: .*; train the adapter anew"):
             open_chat(base, DRAWN, adapter=adapter)
+
+
+@pytest.fixture
+def with_state(base, tmp_path):
+    """A LoRA with a tuned state, and its shift; every number of it random."""
+    model = make(vocab_size=256)
+    attach(model, OTHERS[-3], seed=0)
+    assert OTHERS[-3].state == "wkv and token shift"
+    generator = torch.Generator().manual_seed(2)
+    tensors = {name: 0.1 * torch.randn(x.shape, generator=generator) for name, x in trained_state(model).items()}
+    record = AdapterRecord(
+        format=1, adapter=OTHERS[-3], base_sha256=sha256(base), data_sha256="d", vocabulary_sha256="v", run="r"
+    )
+    file.write(tmp_path / "adapter.pth", tensors, record)
+    return tmp_path / "adapter.pth"
+
+
+def test_an_adapter_with_a_state_says_what_the_merged_model_says_from_it(base, with_state, tmp_path):
+    merge(base, [Part(with_state)], tmp_path / "merged.pth")
+    beside = open_chat(base, DRAWN, adapter=with_state)
+    merged, clients = (
+        open_chat(tmp_path / "merged.pth", DRAWN, state=tmp_path / f"merged.state.{name}")
+        for name in ("rwkv-flow.pth", "pth")
+    )
+    assert says(beside, "hello") == says(merged, "hello")
+    torch.testing.assert_close(beside.last.state, merged.last.state, rtol=1e-4, atol=1e-4)
+    assert all(not block.att_shift.any() for block in clients._start)
+    torch.testing.assert_close([block.wkv for block in clients._start], [block.wkv for block in beside._start])
+    assert all(block.att_shift.any() and block.ffn_shift.any() and block.wkv.any() for block in beside._start)
+
+
+def test_two_states_are_refused(base, with_state, tmp_path):
+    merge(base, [Part(with_state)], tmp_path / "merged.pth")
+    with pytest.raises(InputError, match=r"state\.pth: .*adapter\.pth has a state of its own; give one of them"):
+        open_chat(base, DRAWN, adapter=with_state, state=tmp_path / "merged.state.pth")
 
 
 def test_a_tuned_state_is_where_it_begins(base, tmp_path):
