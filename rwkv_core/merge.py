@@ -109,7 +109,10 @@ def merged(
     Raises:
         InputError: a part does not fit; or, when a matrix is made, those beside it don't.
     """
-    matrices, also = select(config, base)
+    try:
+        matrices, also = select(config, base)
+    except InputError as error:  # of more layers, or of another version
+        raise InputError(f"{adapter}: {error.value}", f"does not fit the base: {error.rule}", error.remedy) from None
     beside: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
     replaced: dict[str, Make] = {}
     for name, x in parts.items():
