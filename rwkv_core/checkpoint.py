@@ -104,9 +104,14 @@ def write_each(path: Path, about: About, tensors: Iterable[Tensor]) -> None:
         ValueError: a tensor is of another shape or dtype, or there are more or fewer of them.
         WorldError: there is no room, or no permission.
     """
+    with whole_file(path) as temporary:
+        write_in_place(temporary, about, tensors)
+
+
+def write_in_place(path: Path, about: About, tensors: Iterable[Tensor]) -> None:
+    """As `write_each`, inside `whole_file`."""
     with (
-        whole_file(path) as temporary,
-        temporary.open("wb") as file,  # a file object, not a name: the name would be part of the bytes
+        path.open("wb") as file,  # a file object, not a name: the name would be part of the bytes
         serialization._open_zipfile_writer(file) as opened,
     ):
         archive = _Archive(opened, about, tensors)

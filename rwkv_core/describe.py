@@ -8,17 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv_core import checkpoint, models
-from rwkv_core.adapters import file
+from rwkv_core import checkpoint, foreign, models
+from rwkv_core.adapters import file, inner, layer
 from rwkv_core.files import sha256
-from rwkv_core.formats import container
 from rwkv_core.formats.tuned_state import for_clients, is_part
-
-# Ends of names in adapters, ours and others', without ".weight": the method of each, and which axis has the rank.
-_PARTS = {
-    "lora_A": ("LoRA", 0), "lora_B": ("LoRA", 1), "init_lora_A": ("PiSSA", 0), "init_lora_B": ("PiSSA", 1),
-    "disha": ("Bone", 0), "bone": ("Bone", 0), "miss_block": ("MiSS of Hugging Face's peft", 0),
-}  # fmt: skip
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -27,8 +20,8 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it can't be read, or is nothing of RWKV.
     """
-    tensors = {checkpoint.stripped(name): x for name, x in container.read(path).items()} if path.is_file() else {}
-    parts = {name: x for name, x in tensors.items() if _part(name) in _PARTS}
+    tensors = foreign.named(path) if path.is_file() else {}
+    parts = {name: x for name, x in tensors.items() if foreign.method(name, x)}
     states, of_states = for_clients(tensors), [name for name in tensors if is_part(name)]
     record = file.read_record(path) if path.is_file() else None
     if record is not None:
@@ -61,24 +54,14 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _part(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]
-
-
 def _adapter(tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the names and shapes of another program's adapter tell."""
-    kinds, ranks, targets = set(), set(), set()
-    for name, x in parts.items():
-        kind, axis = _PARTS[_part(name)]
-        kinds.add("Bat" if kind == "Bone" and x.ndim == 3 else kind)
-        ranks.add(x.shape[1] if x.ndim == 3 else x.shape[axis])
-        targets.add(name.removesuffix(".weight").rpartition(".")[0].split(".", 2)[-1])
-    layers = {name.split(".")[1] for name in parts if name.startswith("blocks.")}
+    modules = [name.rpartition(".")[0] for name in parts]
     return {
         "is": "an adapter without a record: its base and its alpha are not in it",
-        "kind": ", ".join(sorted(kinds)),
-        "rank": ", ".join(map(str, sorted(ranks))),
-        "targets": ", ".join(sorted(targets)),
-        "layers": len(layers),
+        "kind": ", ".join(sorted({str(foreign.method(name, x)) for name, x in parts.items()})),
+        "rank": ", ".join(map(str, sorted({foreign.rank(name, x) for name, x in parts.items() if x.ndim > 1}))),
+        "targets": ", ".join(sorted({inner(name) for name in modules})),
+        "layers": len({layer(name) for name in modules} - {None}),
         "trained as they are": ", ".join(sorted(tensors.keys() - parts.keys())) or "none",
     }

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from rwkv_core import checkpoint
@@ -17,10 +18,19 @@ from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, P
 from rwkv_core.errors import InputError
 from rwkv_core.formats import container
 
+_TENSORS = "adapter_model.safetensors"
+"""Beside Hugging Face's adapter_config.json."""
+
+_ELSEWHERE = "merge it with peft itself"
+
 _NAMES = {"bone": "disha", "miss_block": "disha"}
 """What Bone's matrix was called before RWKV-PEFT called it disha, and is in Hugging Face's peft."""
 
-_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "init_lora_A", "init_lora_B", "disha")
+_RANK = {"lora_A": 0, "lora_B": 1, "init_lora_A": 0, "init_lora_B": 1, "disha": 0}
+"""Parts of adapters, by the end of the name, and which of their axes the rank is; of three axes, it is the last."""
+
+_LENGTHS = "lora_magnitude_vector"
+"""DoRA's part, which has no rank."""
 
 
 def read(path: Path, alpha: float | None = None, init: Path | None = None) -> tuple[dict[str, Tensor], AdapterConfig]:
@@ -36,23 +46,64 @@ def read(path: Path, alpha: float | None = None, init: Path | None = None) -> tu
             known.
     """
     about: dict[str, Any] = {}
-    if path.is_dir():
-        config = path / "adapter_config.json"
-        if not config.is_file():
-            raise InputError(str(path), "it has no adapter_config.json", "give an adapter's file or folder")
-        about, path = json.loads(config.read_text(encoding="utf-8")), path / "adapter_model.safetensors"
-        _refuse_others(config, about)
-    tensors = _named(path) | (_named(init) if init is not None else {})
+    folder = path if path.is_dir() else path.parent
+    config = folder / "adapter_config.json"
+    if path.is_dir() or (path.name == _TENSORS and config.is_file()):
+        about, path = _settings(config), folder / _TENSORS
+    tensors = named(path) | (named(init) if init is not None else {})
     states = {name for name in tensors if name.endswith(".time_state")}
     if any(bool(tensors[name].any()) for name in states):
         raise InputError(
-            f"{path}: {min(states)}", "it is a tuned state, which is not merged", "mount it beside the model"
+            f"{path}: {min(states)} {tuple(tensors[min(states)].shape)}",
+            "a tuned state is what a model begins with: it is no part of the model's file, and is not merged",
+            "keep both files, and choose both where the model runs: rwkvflow chat --state, RWKV Runner's State Model, "
+            "[[state]] in Ai00's Config.toml",
         )
     tensors = {name: x for name, x in tensors.items() if name not in states}  # untrained ones, as of early 2025
-    parts = {name: x for name, x in tensors.items() if name.rpartition(".")[2] in _PARTS}
+    parts = {name: x for name, x in tensors.items() if method(name, x)}
     if not parts:
         raise InputError(str(path), "no tensor in it is an adapter's", "give an adapter's file")
-    return tensors, _config(path, tensors, parts, about, alpha)
+    try:
+        return tensors, _config(path, tensors, parts, about, alpha)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(
+            f"{path}: {first['loc'][-1]} is {first['input']!r}", first["msg"], "say what it was trained with"
+        ) from None
+
+
+def named(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file under our names.
+
+    Raises:
+        InputError: it can't be read; or it is of Hugging Face's MiSS in its mode "bat", whose shapes are those of our Bat.
+    """
+    found = {}
+    for name, x in container.read(path).items():
+        name = checkpoint.stripped(name)
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        if part == "miss_block" and x.ndim == 3:
+            raise InputError(f"{path}: {name} {tuple(x.shape)}", 'MiSS in its mode "bat" is not known here', _ELSEWHERE)
+        known = _NAMES.get(part, part)
+        found[f"{module}.{known}" if known in _RANK or known == _LENGTHS else name] = x
+    return found
+
+
+def method(name: str, x: Tensor) -> str | None:
+    """Of what kind an adapter is that has this tensor, under our name: lora, pissa, bone or bat; None: it is no part of one."""
+    part = name.rpartition(".")[2]
+    if part == _LENGTHS:
+        return "lora"
+    if part not in _RANK or x.ndim not in (2, 3):
+        return None
+    if part != "disha":
+        return "pissa" if part.startswith("init") else "lora"
+    return "bat" if x.ndim == 3 else "bone"
+
+
+def rank(name: str, x: Tensor) -> int:
+    """Of a part of an adapter, under our name."""
+    return x.shape[-1 if x.ndim == 3 else _RANK[name.rpartition(".")[2]]]
 
 
 def _config(
@@ -63,31 +114,32 @@ def _config(
     alpha: float | None,
 ) -> AdapterConfig:
     """The method of these parts, and what it works on."""
-    ends = {name.rpartition(".")[2] for name in parts}
-    ranks = {
-        x.shape[0] if name.endswith("_A") else x.shape[1] for name, x in parts.items() if name.endswith(("_A", "_B"))
-    }
-    ranks |= {x.shape[-1] if x.ndim == 3 else x.shape[0] for name, x in parts.items() if name.endswith(".disha")}
-    axes = {x.ndim for name, x in parts.items() if name.endswith(".disha")}
-    if len(ranks) != 1 or len(axes) > 1 or ("disha" in ends and len(ends) > 1):
+    kinds = {str(method(name, x)) for name, x in parts.items()}
+    dora = any(name.endswith(_LENGTHS) for name in parts)
+    ranks = {rank(name, x) for name, x in parts.items() if x.ndim > 1}
+    if len(ranks) != 1 or kinds not in ({"lora"}, {"lora", "pissa"}, {"pissa"}, {"bone"}, {"bat"}):
         raise InputError(
-            f"{path}: {', '.join(sorted(ends))} of ranks {sorted(ranks)}",
+            f"{path}: {', '.join(sorted(kinds))} of ranks {sorted(ranks)}",
             "must be of one method and rank",
             "merge each alone",
         )
-    (rank,) = ranks
+    if about.get("r", min(ranks)) not in ranks:
+        raise InputError(
+            f"{path}: adapter_config.json says r = {about['r']}",
+            f"its tensors are of rank {min(ranks)}",
+            "copy it again",
+        )
     modules = [name.rpartition(".")[0] for name in parts]
     numbers = sorted({number for name in modules if (number := layer(name)) is not None})
     beside: dict[str, Any] = {
-        "rank": rank,
+        "rank": ranks.pop(),
         "targets": tuple(dict.fromkeys(inner(name) for name in modules)),
         "layers": " ".join(map(str, numbers)),
         "load": None,
         "also": tuple(dict.fromkeys(inner(name) for name in tensors if name not in parts)),
         "state": "none",
     }
-    is_lora = "disha" not in ends and not any(end.startswith("init") for end in ends)
-    if is_lora:
+    if kinds == {"lora"}:
         alpha = about.get("lora_alpha", alpha)
         if alpha is None:
             raise InputError(
@@ -100,25 +152,32 @@ def _config(
             alpha=alpha,
             rank_stabilized=bool(about.get("use_rslora")),
             dropout=0.0,
-            dora="lora_magnitude_vector" in ends,
+            dora=dora,
             **beside,
         )
     if alpha is not None:
         raise InputError(f"--alpha {alpha:g}", f"{path} is no LoRA: it has none", "leave it out")
-    if "disha" not in ends:
+    if "pissa" in kinds:
         return PissaConfig(kind="pissa", iterations=4, load_init=None, **beside)
-    return BatConfig(kind="bat", **beside) if axes == {3} else BoneConfig(kind="bone", **beside)
+    return BatConfig(kind="bat", **beside) if kinds == {"bat"} else BoneConfig(kind="bone", **beside)
 
 
-def _named(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file under our names."""
-    found = {}
-    for name, x in container.read(path).items():
-        name = checkpoint.stripped(name)
-        module, _, part = name.removesuffix(".weight").rpartition(".")
-        known = _NAMES.get(part, part)
-        found[f"{module}.{known}" if known in _PARTS else name] = x
-    return found
+def _settings(path: Path) -> dict[str, Any]:
+    """What Hugging Face's adapter_config.json says.
+
+    Raises:
+        InputError: it is not there, can't be read, or is of a method that means something else by the same names.
+    """
+    if not path.is_file():
+        raise InputError(str(path.parent), "it has no adapter_config.json", "give an adapter's file or folder")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(str(path), f"must be JSON: {error}", "copy the folder again") from None
+    if not isinstance(about, dict):
+        raise InputError(f"{path} is a {type(about).__name__}", "must name settings", "copy the folder again")
+    _refuse_others(path, about)
+    return about
 
 
 def _refuse_others(path: Path, about: Mapping[str, Any]) -> None:
@@ -133,6 +192,4 @@ def _refuse_others(path: Path, about: Mapping[str, Any]) -> None:
     }
     for name, bad in refused.items():
         if bad:
-            raise InputError(
-                f"{path}: {name} = {about.get(name)!r}", "this method is not known here", "merge it with peft itself"
-            )
+            raise InputError(f"{path}: {name} = {about.get(name)!r}", "this method is not known here", _ELSEWHERE)

@@ -143,7 +143,10 @@ def merged(
     Raises:
         InputError: a part does not fit; or, when a matrix is made, those beside it don't.
     """
-    (matrices, also), chosen = select(config, base), chosen_rows(config, base)
+    try:
+        (matrices, also), chosen = select(config, base), chosen_rows(config, base)
+    except InputError as error:  # of more layers, or of another version
+        raise InputError(f"{adapter}: {error.value}", f"does not fit the base: {error.rule}", error.remedy) from None
     some: dict[str, dict[str, Tensor]] = {module: {} for module in chosen}
     beside: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
     replaced: dict[str, Make] = {}

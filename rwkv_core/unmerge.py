@@ -54,7 +54,7 @@ def unmerge(base: Path, tuned: Path, out: Path, *, rank: int) -> dict[str, Any]:
     before, after = checkpoint.read(base), checkpoint.read(tuned)
     _check_alike(base, before, tuned, after)
     after = {name: after[name] for name in before}
-    changed = [name for name, x, y in _pairs(before, after) if not torch.equal(x.to(wide(x)), y.to(wide(x)))]
+    changed = [name for name, x, y in _pairs(before, after) if not _same(x, y)]
     if not changed:
         raise InputError(str(tuned), f"its tensors are those of {base}", "give the one that was tuned")
     config = _config(before, changed, rank)
@@ -98,6 +98,11 @@ def _pairs(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterato
     """Both of each name, mapped, a pair at a time."""
     for (name, x), (_, y) in zip(checkpoint.one_by_one(before), checkpoint.one_by_one(after), strict=True):
         yield name, x, y
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether all values are equal, in whatever precision."""
+    return torch.equal(x, y) if x.dtype == y.dtype else torch.equal(x.to(wide(x)), y.to(wide(x)))
 
 
 def _config(tensors: Mapping[str, Tensor], changed: Sequence[str], rank: int) -> AdapterConfig:

@@ -72,7 +72,7 @@ def write_each(path: Path, about: checkpoint.About, tensors: Iterable[Tensor], r
     """As `write`, of tensors that are made one at a time; see `checkpoint.write_each`."""
     entry = zipfile.ZipInfo(_ENTRY, date_time=(1980, 1, 1, 0, 0, 0))
     with whole_file(path) as temporary:
-        checkpoint.write_each(temporary, about, (x.detach().cpu() for x in tensors))
+        checkpoint.write_in_place(temporary, about, (x.detach().cpu() for x in tensors))
         with zipfile.ZipFile(temporary, "a") as archive:
             archive.writestr(entry, json.dumps(record.model_dump(mode="json"), indent=2))
 

@@ -151,10 +151,75 @@ def test_methods_of_hugging_face_that_mean_something_else_are_refused(change, fo
         foreign.read(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "adapter_config.json: must be JSON: .*; copy the folder again"),
+        (b"\xff\xfe", "adapter_config.json: must be JSON: .*; copy the folder again"),
+        ("[1]", "adapter_config.json is a list: must name settings"),
+        ('{"peft_type": "LORA", "lora_alpha": "much"}', "adapter_model.safetensors: alpha is 'much': .*valid number"),
+    ],
+)
+def test_a_config_that_can_not_be_read_is_refused(text, message, folder):
+    path, _ = folder()
+    (path / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=message):
+        foreign.read(path)
+    (path / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"hf: it has no adapter_config\.json; give"):
+        foreign.read(path)
+
+
+def test_the_config_beside_a_file_of_hugging_face_is_read(folder, tmp_path):
+    path, want = folder()
+    assert_merges(tmp_path, path / "adapter_model.safetensors", want)
+
+
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused(folder):
+    path, _ = folder(r=4)
+    with pytest.raises(InputError, match=r"adapter_config.json says r = 4: its tensors are of rank 3; copy it again"):
+        foreign.read(path)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "message"),
+    [
+        (
+            {"version": "6"},
+            {},
+            r"adapter.targets has 'ffn.receptance': does not fit the base: .*; there are att.*ffn.value",
+        ),
+        ({}, {"version": "6"}, r"blocks.0.ffn.key: does not fit the base: has .*\(5, 128\).*it must be .*\(5, 96\)"),
+        ({"n_layer": 4}, {}, r"adapter.layers has 3: does not fit the base: the model's layers are 0 to 2; name some"),
+        ({"n_embd": 64}, {}, r"emb.weight: does not fit the base: is \(64, 64\); it must be \(64, 32\)"),
+        ({"vocab_size": 65}, {}, r"emb.weight: does not fit the base: is \(65, 32\); it must be \(64, 32\)"),
+    ],
+    ids=str,
+)
+def test_adapters_of_other_models_are_refused_with_both_values(adapter, base, message, random_model, tmp_path):
+    model = random_model(**adapter)
+    attach(model, BONE.model_copy(update={"also": ("emb.weight",)}), seed=0)
+    torch.save(trained_state(model), tmp_path / "rwkv-0.pth")
+    checkpoint.write(tmp_path / "base.pth", random_model(**base).state_dict())
+    with pytest.raises(InputError, match=rf"rwkv-0.pth: {message}"):
+        merge(tmp_path / "base.pth", [Part(tmp_path / "rwkv-0.pth")], tmp_path / "merged.pth")
+
+
+def test_alpha_must_be_more_than_nothing(made, tmp_path):
+    tensors, _ = made(LORA)
+    torch.save(tensors, tmp_path / "rwkv-3.pth")
+    with pytest.raises(InputError, match=r"rwkv-3.pth: alpha is 0.0: Input should be greater than 0; say what it was"):
+        foreign.read(tmp_path / "rwkv-3.pth", alpha=0.0)
+
+
 def test_miss_with_blocks_of_outputs_is_not_taken_for_bat(folder):
     path, _ = folder(BONE, init_weights="bat")
     with pytest.raises(InputError, match="init_weights = 'bat': this method is not known here"):
         foreign.read(path)
+    (path / "adapter_config.json").unlink()
+    save_file({"base_model.model.blocks.0.att.key.miss_block": torch.ones(4, 8, 8)}, path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r'miss_block \(4, 8, 8\): MiSS in its mode "bat" is not known here; merge'):
+        foreign.read(path / "adapter_model.safetensors")
 
 
 def test_untrained_states_are_passed_over_and_trained_ones_refused(made, tmp_path):
@@ -164,7 +229,10 @@ def test_untrained_states_are_passed_over_and_trained_ones_refused(made, tmp_pat
     assert_merges(tmp_path, tmp_path / "early.pth", want)
     states["blocks.1.att.time_state"][0, 0, 0] = 1
     torch.save(tensors | states, tmp_path / "tuned.pth")
-    with pytest.raises(InputError, match="it is a tuned state, which is not merged; mount it"):
+    with pytest.raises(
+        InputError,
+        match=r"time_state \(4, 8, 8\): a tuned state .* not merged; keep both .* chat --state",
+    ):
         foreign.read(tmp_path / "tuned.pth")
 
 
@@ -176,11 +244,11 @@ def test_untrained_states_are_passed_over_and_trained_ones_refused(made, tmp_pat
         ({"blocks.0.ln1.weight": (4,)}, {}, "no tensor in it is an adapter's"),
         (
             {"blocks.0.att.key.disha": (2, 4), "blocks.0.att.value.disha": (3, 4)}, {},
-            r"disha of ranks \[2, 3\]: must be of one method and rank",
+            r"bone of ranks \[2, 3\]: must be of one method and rank",
         ),
         (
             {"blocks.0.att.key.disha": (2, 4), "blocks.0.att.value.lora_A": (2, 4)}, {"alpha": 1.0},
-            "disha, lora_A of ranks",
+            "bone, lora of ranks",
         ),
     ],
 )  # fmt: skip

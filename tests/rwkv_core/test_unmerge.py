@@ -147,6 +147,22 @@ def test_a_matrix_that_did_not_change_in_one_block_stays_as_it_was(tuned):
     assert torch.equal(got[name], start[name])
 
 
+def test_a_base_in_another_precision(tuned):
+    """What is only rounded, and not tuned, is a change too."""
+    base, made, found = tuned(EXAMPLES[0])
+    checkpoint.write(base, checkpoint.read(base), "bf16")
+    start, end = checkpoint.read(base), checkpoint.read(made)
+    name = "blocks.0.att.key.weight"
+    checkpoint.write(made, end | {name: start[name].float()})
+    receipt = unmerge(base, made, found, rank=32)
+    assert receipt["left_out_of"][name] == 0
+    assert len(receipt["left_out_of"]) == 18
+    again = found.with_name("again.pth")
+    merge(base, [Part(found)], again)
+    for name, x in checkpoint.read(again).items():
+        torch.testing.assert_close(x.float(), end[name], atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
