@@ -5,6 +5,7 @@ was trained on can't be known.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_core import checkpoint
-from rwkv_core.adapters import inner, layer
+from rwkv_core.adapters import inner, layer, peft
 from rwkv_core.adapters.linear import wide
-from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, PissaConfig
+from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, PeftConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.formats import container
 
@@ -42,6 +43,8 @@ def read(path: Path, alpha: float | None = None, init: Path | None = None) -> tu
         if not config.is_file():
             raise InputError(str(path), "it has no adapter_config.json", "give an adapter's file or folder")
         about, path = json.loads(config.read_text(encoding="utf-8")), path / "adapter_model.safetensors"
+        if _by_its_library(about):
+            return _of_its_library(path, about)
         _refuse_others(config, about)
     tensors = _named(path) | (_named(init) if init is not None else {})
     states = {name for name in tensors if name.endswith(".time_state")}
@@ -54,6 +57,34 @@ def read(path: Path, alpha: float | None = None, init: Path | None = None) -> tu
     if not parts:
         raise InputError(str(path), "no tensor in it is an adapter's", "give an adapter's file")
     return tensors, _config(path, tensors, parts, about, alpha)
+
+
+def _by_its_library(about: Mapping[str, Any]) -> bool:
+    """Whether none of our methods is that of a folder of Hugging Face's peft."""
+    kind = about.get("peft_type")
+    return kind not in ("LORA", "MISS") or bool(about.get("use_dora")) or about.get("init_weights") in ("bat", "mini")
+
+
+def _of_its_library(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """The tensors of such a folder under our names, and the method, by the library's own layers."""
+    where = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules")  # the tensors' names say it
+    settings = peft.settings({name: x for name, x in about.items() if name not in where})
+    tensors: dict[str, Tensor] = {}
+    modules: set[str] = set()
+    for name, x in container.read(path).items():
+        found = re.fullmatch(r"(blocks\.\d+\.\w+\.\w+)\.(.+)", checkpoint.stripped(name))
+        if found is None:
+            raise InputError(f"{path}: {name}", "it is beside no matrix of a block", "merge it with peft itself")
+        modules.add(found[1])
+        tensors[f"{found[1]}.{peft.part_name(found[2])}"] = x.to(wide(x)) if x.is_floating_point() else x
+    return tensors, PeftConfig(
+        kind="peft",
+        config=settings,
+        targets=tuple(sorted({inner(name) for name in modules})),
+        layers=" ".join(map(str, sorted({number for name in modules if (number := layer(name)) is not None}))),
+        also=(),
+        load=None,
+    )
 
 
 def _config(
@@ -117,9 +148,6 @@ def _named(path: Path) -> dict[str, Tensor]:
 def _refuse_others(path: Path, about: Mapping[str, Any]) -> None:
     """What Hugging Face's peft can do with the same names, and means something else."""
     refused = {
-        "peft_type": about.get("peft_type") not in ("LORA", "MISS"),
-        "use_dora": bool(about.get("use_dora")),
-        "init_weights": about.get("init_weights") in ("bat", "mini"),
         "init_lora_weights": str(about.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")),
         "rank_pattern": bool(about.get("rank_pattern")),
         "alpha_pattern": bool(about.get("alpha_pattern")),

@@ -15,7 +15,7 @@ from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
 
-LORA, PISSA, BONE, BAT, _ = EXAMPLES
+LORA, PISSA, BONE, BAT = EXAMPLES[:4]
 NORMS = BONE.model_copy(update={"also": ("ln*", "ln_out.*")})
 V4 = LORA.model_copy(
     update={"targets": ("att.key", "att.value", "att.receptance", "ffn.*"), "also": ("ln*", "att.time_*")}
@@ -130,8 +130,6 @@ def test_miss_of_hugging_face(folder, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True},
-        {"peft_type": "ADALORA"},
         {"init_lora_weights": "pissa_niter_4"},
         {"rank_pattern": {"key": 2}},
     ],
@@ -145,10 +143,33 @@ def test_methods_of_hugging_face_that_mean_something_else_are_refused(change, fo
         foreign.read(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "ADALORA"}, "adapter.config.peft_type = ADALORA: its ranks are decided during training"),
+        ({"peft_type": "VERA"}, "adapter.config.peft_type = VERA: its matrices share tensors"),
+        ({"peft_type": "LOHA", "rank_pattern": {"key": 2}}, "adapter.config.rank_pattern = .*: where a method works"),
+        ({"peft_type": "NEW"}, "adapter.config.peft_type = NEW: peft has no such method"),
+    ],
+    ids=str,
+)
+def test_methods_of_hugging_face_that_can_not_work_are_refused(change, message, folder):
+    path, _ = folder(**change)
+    with pytest.raises(InputError, match=message):
+        foreign.read(path)
+
+
 def test_miss_with_blocks_of_outputs_is_not_taken_for_bat(folder):
     path, _ = folder(BONE, init_weights="bat")
-    with pytest.raises(InputError, match="init_weights = 'bat': this method is not known here"):
-        foreign.read(path)
+    tensors, config = foreign.read(path)
+    assert (config.kind, config.config) == ("peft", {"peft_type": "MISS", "init_weights": "bat"})
+    assert {name.rpartition(".")[2] for name in tensors} == {"miss_block"}
+
+
+def test_a_folder_whose_tensors_are_not_its_methods_is_refused(folder, tmp_path):
+    path, _ = folder(use_dora=True)
+    with pytest.raises(InputError, match=r"blocks.0.att.receptance: does not fit the base: .*lora_magnitude_vector"):
+        merge(tmp_path / "base.pth", [Part(path)], tmp_path / "merged.pth")
 
 
 def test_untrained_states_are_passed_over_and_trained_ones_refused(made, tmp_path):
