@@ -88,10 +88,8 @@ class PeftLinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         x = autocast(x)
-        # some of its layers take no input of less precision than theirs, unless mixed precision is on
-        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype in (torch.bfloat16, torch.float16)):
-            y: Tensor = self._layer[0](x)
-        return y.to(x.dtype)
+        y: Tensor = self._layer[0](x)
+        return y.to(x.dtype)  # some of its layers answer in the precision of what they train
 
     def train(self, mode: bool = True) -> Self:
         """Dropout, or none."""
