@@ -71,7 +71,7 @@ def test_mistakes_in_a_section_of_several_kinds_are_named_without_the_kind(edite
         edited(("kind: lora", "kind: lroa"))
     )
     others = message(edited(("kind: lora", "kind: bone")))
-    assert "adapter.alpha = 32: there is no such setting; remove it; the names here are layers, load, rank" in others
+    assert "adapter.alpha = 32: there is no such setting; remove it; the names here are layers, load, targets" in others
 
 
 def test_a_name_unlike_any_lists_what_there_is(edited):
