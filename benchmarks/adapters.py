@@ -27,7 +27,10 @@ FROZEN = SimpleNamespace(kind="full", layers="0", also=("ln0.*",), state="none")
 def methods(rank: int) -> dict[str, Any]:
     """The configs, by kind, without pydantic."""
     beside = {"rank": rank, "targets": TARGETS, "layers": "all", "also": (), "state": "none"}
-    more: dict[str, dict[str, Any]] = {"pissa": {"iterations": 4}}
+    more: dict[str, dict[str, Any]] = {
+        "pissa": {"iterations": 4},
+        "peft": {"config": {"peft_type": "LORA", "r": rank, "lora_alpha": rank}},
+    }
     found = {kind: SimpleNamespace(kind=kind, **beside, **more.get(kind, {})) for kind in METHODS}
     return {
         "frozen": FROZEN,

@@ -76,11 +76,8 @@ class _Method(Config):
     """An adapter of this method to go on from, ours or another program's: what was trained in it are the first values."""
 
 
-class _Beside(_Method):
+class _Matrices(_Method):
     """What a method is told that puts something beside frozen matrices."""
-
-    rank: int = Field(ge=1)
-    """Rank of what is trained beside a matrix."""
 
     targets: Patterns = Field(min_length=1)
     """Matrices to adapt, by their name inside a block; * matches anything: att.receptance, att.*, ffn.key."""
@@ -88,6 +85,13 @@ class _Beside(_Method):
     also: Patterns
     """Parameters trained as they are, by their name inside a block or outside of any: ln*, att.x_*, ln_out.*, emb.weight;
     or some rows of emb.weight and head.weight, as for new tokens: emb.weight[65530-65535]."""
+
+
+class _Beside(_Matrices):
+    """What a method is told that has a rank."""
+
+    rank: int = Field(ge=1)
+    """Rank of what is trained beside a matrix."""
 
 
 class LoraConfig(_Beside):
@@ -132,6 +136,15 @@ class BatConfig(_Beside):
     kind: Literal["bat"]
 
 
+class PeftConfig(_Matrices):
+    """A method of Hugging Face's peft, which is an extra: pip install 'rwkv-flow[peft]'."""
+
+    kind: Literal["peft"]
+
+    config: dict[str, Any]
+    """Its settings, by that library's names: {peft_type: LOHA, r: 8, alpha: 16}. Where it works, targets and layers say."""
+
+
 class FullConfig(_Method):
     """No adapter: parameters of the model itself are trained."""
 
@@ -157,7 +170,8 @@ class StateConfig(_Method):
 
 
 AdapterConfig = Annotated[
-    LoraConfig | PissaConfig | BoneConfig | BatConfig | FullConfig | StateConfig, Field(discriminator="kind")
+    LoraConfig | PissaConfig | BoneConfig | BatConfig | PeftConfig | FullConfig | StateConfig,
+    Field(discriminator="kind"),
 ]
 """A method and its settings."""
 

@@ -5,6 +5,7 @@ was trained on can't be known.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rwkv_core import checkpoint
-from rwkv_core.adapters import inner, layer
-from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, PissaConfig
+from rwkv_core.adapters import inner, layer, peft
+from rwkv_core.adapters.linear import wide
+from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, LoraConfig, PeftConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.formats import container
 
@@ -50,6 +52,9 @@ def read(path: Path, alpha: float | None = None, init: Path | None = None) -> tu
     config = folder / "adapter_config.json"
     if path.is_dir() or (path.name == _TENSORS and config.is_file()):
         about, path = _settings(config), folder / _TENSORS
+        if _by_its_library(about):
+            return _of_its_library(path, about)
+        _refuse_others(config, about)
     tensors = named(path) | (named(init) if init is not None else {})
     states = {name for name in tensors if name.endswith(".time_state")}
     if any(bool(tensors[name].any()) for name in states):
@@ -104,6 +109,35 @@ def method(name: str, x: Tensor) -> str | None:
 def rank(name: str, x: Tensor) -> int:
     """Of a part of an adapter, under our name."""
     return x.shape[-1 if x.ndim == 3 else _RANK[name.rpartition(".")[2]]]
+
+
+def _by_its_library(about: Mapping[str, Any]) -> bool:
+    """Whether none of our methods is that of a folder of Hugging Face's peft."""
+    kind = about.get("peft_type")
+    return kind not in ("LORA", "MISS") or about.get("init_weights") in ("bat", "mini")
+
+
+def _of_its_library(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """The tensors of such a folder under our names, and the method, by the library's own layers."""
+    where = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules")  # the tensors' names say it
+    settings = peft.settings({name: x for name, x in about.items() if name not in where})
+    tensors: dict[str, Tensor] = {}
+    modules: set[str] = set()
+    for name, x in container.read(path).items():
+        found = re.fullmatch(r"(blocks\.\d+\.\w+\.\w+)\.(.+)", checkpoint.stripped(name))
+        if found is None:
+            raise InputError(f"{path}: {name}", "it is beside no matrix of a block", "merge it with peft itself")
+        modules.add(found[1])
+        tensors[f"{found[1]}.{peft.part_name(found[2])}"] = x.to(wide(x)) if x.is_floating_point() else x
+    return tensors, PeftConfig(
+        kind="peft",
+        config=settings,
+        targets=tuple(sorted({inner(name) for name in modules})),
+        layers=" ".join(map(str, sorted({number for name in modules if (number := layer(name)) is not None}))),
+        also=(),
+        state="none",
+        load=None,
+    )
 
 
 def _config(
@@ -166,7 +200,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """What Hugging Face's adapter_config.json says.
 
     Raises:
-        InputError: it is not there, can't be read, or is of a method that means something else by the same names.
+        InputError: it is not there, or can't be read.
     """
     if not path.is_file():
         raise InputError(str(path.parent), "it has no adapter_config.json", "give an adapter's file or folder")
@@ -176,15 +210,12 @@ def _settings(path: Path) -> dict[str, Any]:
         raise InputError(str(path), f"must be JSON: {error}", "copy the folder again") from None
     if not isinstance(about, dict):
         raise InputError(f"{path} is a {type(about).__name__}", "must name settings", "copy the folder again")
-    _refuse_others(path, about)
     return about
 
 
 def _refuse_others(path: Path, about: Mapping[str, Any]) -> None:
     """What Hugging Face's peft can do with the same names, and means something else."""
     refused = {
-        "peft_type": about.get("peft_type") not in ("LORA", "MISS"),
-        "init_weights": about.get("init_weights") in ("bat", "mini"),
         "init_lora_weights": str(about.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")),
         "rank_pattern": bool(about.get("rank_pattern")),
         "alpha_pattern": bool(about.get("alpha_pattern")),

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_core import foreign
-from rwkv_core.adapters import file
-from rwkv_core.config import AdapterConfig, LoraConfig
+from rwkv_core.adapters import file, peft
+from rwkv_core.config import AdapterConfig, LoraConfig, PeftConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.quantize import Form
@@ -77,4 +77,7 @@ def _init(config: AdapterConfig) -> Path | None:
 
 def _meaning(config: AdapterConfig) -> dict[str, Any]:
     """The settings that say what trained values mean. Dropout doesn't, and names and shapes tell where they belong."""
+    if isinstance(config, PeftConfig):
+        found = peft.settings(config.config)
+        return {"kind": config.kind, "config": {name: x for name, x in found.items() if "dropout" not in name}}
     return {"kind": config.kind} | config.model_dump(include={"rank", "alpha", "rank_stabilized", "dora"})

@@ -151,10 +151,12 @@ def _words(settings: Mapping[str, Any]) -> Iterator[str]:
     """Numbers with their names, and switches that are on."""
     for name, value in settings.items():
         word = name.replace("_", " ")
-        if value is True:
+        if isinstance(value, Mapping):
+            yield from _words(value)
+        elif value is True:
             yield word
         elif value is not False:
-            yield f"{word} {value:g}"
+            yield f"{word} {value:g}" if isinstance(value, int | float) else f"{word} {value}"
 
 
 def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:

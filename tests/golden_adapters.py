@@ -239,13 +239,19 @@ def every() -> dict[str, Golden]:
     own = {
         "own-lora": ((lora, plain), with_a_lora),
         "own-rslora": ((lora, plain.model_copy(update={"rank_stabilized": True})), rank_stabilized),
-        "own-pissa": ((pissa, PissaConfig(kind="pissa", rank=RANK, iterations=4, load_init=None, **some)), with_a_pissa),
+        "own-pissa": (
+            (pissa, PissaConfig(kind="pissa", rank=RANK, iterations=4, load_init=None, **some)),
+            with_a_pissa,
+        ),
         "own-bone": (
             (bone | norms, BoneConfig(kind="bone", rank=3, **(some | {"also": ("*ln*",)}))),
             merged("7", bone | norms, with_bone),
         ),
         "own-bat": ((bat, BatConfig(kind="bat", rank=RANK, **some)), with_a_bat),
-        "own-full": ((norms, FullConfig(kind="full", layers="all", also=("*ln*",), state="none", load=None)), merged("7", norms, None)),
+        "own-full": (
+            (norms, FullConfig(kind="full", layers="all", also=("*ln*",), state="none", load=None)),
+            merged("7", norms, None),
+        ),
     }
     return foreign | {name: Golden({f"{name}.pth": given}, want) for name, (given, want) in own.items()}
 

@@ -1,6 +1,6 @@
 """An example of every way to train a model, and a few more."""
 
-from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PissaConfig, StateConfig
+from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PeftConfig, PissaConfig, StateConfig
 
 NEW = {"state": "none", "load": None}
 SOME = {"targets": ("att.receptance", "att.value", "ffn.*"), "layers": "all", "also": (), **NEW}
@@ -11,6 +11,7 @@ EXAMPLES = [
     PissaConfig(kind="pissa", rank=3, iterations=4, load_init=None, **SOME),
     BoneConfig(kind="bone", rank=5, **SOME),
     BatConfig(kind="bat", rank=8, **SOME),
+    PeftConfig(kind="peft", config={"peft_type": "LOHA", "r": 3, "alpha": 6}, **SOME),
     FullConfig(kind="full", layers="all", also=("*",), **NEW),
     StateConfig(kind="state", state="wkv", layers="all", also=(), load=None),
 ]
@@ -34,3 +35,30 @@ OTHERS = [
     StateConfig(kind="state", state="wkv and token shift", layers="all", also=("ln_out.*",), load=None),
 ]  # fmt: skip
 """More settings of the same."""
+
+PEFT = [
+    {"peft_type": "LORA", "r": 3, "lora_alpha": 7.5},
+    {"peft_type": "LORA", "r": 4, "use_rslora": True, "use_dora": True},
+    {"peft_type": "LOHA", "r": 3, "alpha": 6},
+    {"peft_type": "LOKR", "r": 3, "alpha": 6, "decompose_factor": 4},
+    {"peft_type": "IA3"},
+    {"peft_type": "OFT", "oft_block_size": 8},
+    {"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 2},
+    {"peft_type": "MISS", "r": 8},
+    {"peft_type": "MISS", "r": 8, "init_weights": "bat"},
+    {"peft_type": "MISS", "r": 8, "mini_r": 4, "init_weights": "mini"},
+    {"peft_type": "FOURIERFT", "n_frequency": 60, "scaling": 20.0, "init_weights": True},
+    {"peft_type": "WAVEFT", "n_frequency": 60},
+    {"peft_type": "C3A", "block_size": 8},
+    {"peft_type": "HRA", "r": 4},
+    {"peft_type": "HIRA", "r": 4},
+    {"peft_type": "ROAD", "group_size": 8, "variant": "road_2"},
+    {"peft_type": "DEFT", "r": 4},
+    {"peft_type": "DELORA", "r": 4},
+    {"peft_type": "GLORA", "r": 4},
+    {"peft_type": "GRALORA", "r": 8, "gralora_k": 2},
+    {"peft_type": "PEANUT", "r": 4},
+    {"peft_type": "SHIRA", "r": 3},
+    {"peft_type": "SUPERTUNING", "r": 4},
+]
+"""Settings of Hugging Face's peft: at least one of every method of it that works here."""

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
-        "tqdm", "matplotlib", "jinja2", "bitsandbytes",
+        "tqdm", "matplotlib", "jinja2", "bitsandbytes", "peft",
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch",
@@ -125,7 +125,7 @@ def test_stages_stand_in_the_order_they_run():
             "rwkv_core.models",
             {"pytorch_lightning", "safetensors", "pydantic", "ninja", "triton", "fla", "prefect", "mlflow", "dvc"},
         ),
-        ("rwkv_core.adapters", {"pytorch_lightning", "pydantic", "bitsandbytes"}),
+        ("rwkv_core.adapters", {"pytorch_lightning", "pydantic", "bitsandbytes", "peft", "transformers"}),
         ("rwkv_core.training.fit", {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "fla"}),
         ("flows.cli", {"torch", "prefect", "mlflow", "dvc"}),
     ],

@@ -13,6 +13,7 @@ from rwkv_core.adapters.bone import BoneLinear
 from rwkv_core.adapters.dora import DoraLinear
 from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
+from rwkv_core.adapters.peft import PeftLinear
 from rwkv_core.adapters.pissa import PissaLinear
 from rwkv_core.adapters.rows import Rows, check, placed, stand_in
 from rwkv_core.adapters.state import give
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # pydantic is not needed to attach
     from rwkv_core.config import AdapterConfig
 
 METHODS: dict[str, type[AdaptedLinear]] = {
-    "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear
+    "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear, "peft": PeftLinear
 }  # fmt: skip
 """What stands in a matrix's place, by kind. "full" and "state" have none: they train parameters of the model itself."""
 
@@ -79,7 +80,8 @@ def attach(
         except ValueError as error:
             if start is not None:
                 raise InputError(f"adapter.load: {name}", str(error), _OTHER) from None
-            raise InputError(f"adapter.rank beside {name}", str(error), "set one that does") from None
+            setting = "config" if config.kind == "peft" else "rank"
+            raise InputError(f"adapter.{setting} beside {name}", str(error), "set one that does") from None
         model.set_submodule(name, module)
     for name in also:
         p = parameters[name]

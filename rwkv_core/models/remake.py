@@ -70,8 +70,10 @@ class Remake:
 
     def _find(self, x: Tensor | None) -> "_Place | None":
         """Where x, which may be a view, is among what can be made again."""
-        result = None if x is None else self._results.get(_storage(x))
-        if x is None or result is None or (x.dtype, x._version) != result[1:3]:
+        if x is None or x.layout is not torch.strided:
+            return None  # a sparse tensor, as an adapter may keep, is no one piece of memory
+        result = self._results.get(_storage(x))
+        if result is None or (x.dtype, x._version) != result[1:3]:
             return None  # what has been written to since is no longer what was made
         return _Place(result.recipe, result.which, x.shape, x.stride(), int(x.storage_offset()))
 

@@ -137,7 +137,6 @@ def test_miss_of_hugging_face(folder, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"peft_type": "ADALORA"},
         {"init_lora_weights": "pissa_niter_4"},
         {"rank_pattern": {"key": 2}},
     ],
@@ -212,10 +211,27 @@ def test_alpha_must_be_more_than_nothing(made, tmp_path):
         foreign.read(tmp_path / "rwkv-3.pth", alpha=0.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "ADALORA"}, "adapter.config.peft_type = ADALORA: its ranks are decided during training"),
+        ({"peft_type": "VERA"}, "adapter.config.peft_type = VERA: its matrices share tensors"),
+        ({"peft_type": "LOHA", "rank_pattern": {"key": 2}}, "adapter.config.rank_pattern = .*: where a method works"),
+        ({"peft_type": "NEW"}, "adapter.config.peft_type = NEW: peft has no such method"),
+    ],
+    ids=str,
+)
+def test_methods_of_hugging_face_that_can_not_work_are_refused(change, message, folder):
+    path, _ = folder(**change)
+    with pytest.raises(InputError, match=message):
+        foreign.read(path)
+
+
 def test_miss_with_blocks_of_outputs_is_not_taken_for_bat(folder):
     path, _ = folder(BONE, init_weights="bat")
-    with pytest.raises(InputError, match="init_weights = 'bat': this method is not known here"):
-        foreign.read(path)
+    tensors, config = foreign.read(path)
+    assert (config.kind, config.config) == ("peft", {"peft_type": "MISS", "init_weights": "bat"})
+    assert {name.rpartition(".")[2] for name in tensors} == {"miss_block"}
     (path / "adapter_config.json").unlink()
     save_file({"base_model.model.blocks.0.att.key.miss_block": torch.ones(4, 8, 8)}, path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r'miss_block \(4, 8, 8\): MiSS in its mode "bat" is not known here; merge'):

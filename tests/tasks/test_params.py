@@ -71,7 +71,7 @@ def test_mistakes_in_a_section_of_several_kinds_are_named_without_the_kind(edite
         edited(("kind: lora", "kind: lroa"))
     )
     others = message(edited(("kind: lora", "kind: bone")))
-    names = "layers, state, load, rank"
+    names = "layers, state, load, targets"
     assert f"adapter.alpha = 32: there is no such setting; remove it; the names here are {names}" in others
 
 

@@ -352,6 +352,30 @@ def test_a_training_goes_on_from_an_adapter(done, fresh):
     assert files(fresh)["outputs/train/adapter.pth"] == once
 
 
+def test_a_method_of_peft_and_rows_of_tokens_go_through(fresh):
+    fresh.set(
+        adapter={
+            "kind": "peft", "config": {"peft_type": "LOKR", "r": 2, "alpha": 4}, "targets": ["att.*", "ffn.key"],
+            "layers": "all", "also": ["emb.weight[0 101-199]", "head.weight[0 101-199]", "ln_out.*"], "load": None,
+        }
+    )  # fmt: skip
+    for name in ("train", "merge", "evaluate"):
+        fresh.stage(name)
+    metrics = fresh.json("outputs/train/metrics.json")
+    assert metrics["valid_loss"] < metrics["valid_loss_before"]
+    evaluated = fresh.json("outputs/evaluate/metrics.json")
+    assert evaluated["tuned"]["loss"] < evaluated["base"]["loss"]
+    tensors, record = adapter_file.read(fresh.root / "outputs/train/adapter.pth")
+    assert record.adapter.config["peft_type"] == "LOKR"
+    assert tensors["head.values"].shape == (100, 32)
+    assert "LOKR" in (fresh.root / "outputs/evaluate/report.html").read_text()
+    base, merged = (checkpoint.read(fresh.root / p) for p in ("mine/base.pth", "outputs/merged/model.pth"))
+    for name in ("emb.weight", "head.weight"):
+        moved = (base[name] != merged[name]).any(1).nonzero().squeeze(1)
+        assert len(moved)
+        assert set(moved.tolist()) <= {0, *range(101, 200)}  # 0 ends each document
+
+
 def test_a_limit_on_file_size_is_what_the_test_says():
     """The disk-full test above stands on this."""
     code = "import resource,signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); open('/dev/shm/x','wb').write(b'0'*99999)"

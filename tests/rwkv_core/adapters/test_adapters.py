@@ -119,7 +119,7 @@ def test_its_initial_values_follow_the_seed(config, random_model):
 
     one, same, other = values(1), values(1), values(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
-    drawn = config.kind in ("lora", "pissa")
+    drawn = config.kind in ("lora", "pissa", "peft")
     assert drawn != all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -586,10 +586,8 @@ def test_matrices_decay_and_vectors_do_not(config, tiny):
     trained = {name for name, p in tiny.named_parameters() if p.requires_grad}
     assert decayed | plain == trained
     assert not decayed & plain
-    assert all(name.endswith((".weight", "lora_A", "lora_B", "disha")) for name in decayed)
+    parts = ("lora_A", "lora_B", "disha", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    assert all(name.endswith((".weight", *parts)) for name in decayed)
     of_tokens = {"emb.weight", "emb.values", "head.values"} if config.also != ("*",) else set()
     assert not decayed & of_tokens  # AdamW would move rows of tokens that never occur
-    assert not any(
-        name.endswith(("lora_A", "lora_B", "disha")) or ("ln" not in name and ".weight" in name)
-        for name in plain - of_tokens
-    )
+    assert not any(name.endswith(parts) or ("ln" not in name and ".weight" in name) for name in plain - of_tokens)

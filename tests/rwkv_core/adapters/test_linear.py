@@ -29,7 +29,9 @@ every_example = pytest.mark.parametrize(
 
 
 def test_every_method_has_an_example():
-    assert {config.kind for config, _, _ in EXAMPLES} == set(METHODS)
+    assert {config.kind for config, _, _ in EXAMPLES} == METHODS.keys() - {
+        "peft"
+    }  # whose layers are not ours: test_peft.py
 
 
 def make(config, into, out, dtype=torch.float64):
