@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rwkv_core.adapters import file
 from rwkv_core.adapters.file import AdapterRecord
-from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PissaConfig
+from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PeftConfig, PissaConfig
 from rwkv_core.files import sha256
 
 FOLDER = Path(__file__).parent / "golden" / "adapters"
@@ -86,6 +86,11 @@ def beside(version: str, parts: Mapping[str, Any], seed: str = "") -> dict[str, 
 LORA = {"lora_A": lambda out, into: (RANK, into), "lora_B": lambda out, into: (out, RANK)}
 INIT = {f"init_{name}": shape for name, shape in LORA.items()}
 BONE = {"disha": lambda out, into: (3, out)}  # 3 divides neither 8 nor 32: the last stretch is shorter
+LOHA = {
+    f"hada_w{i}_{x}": (lambda out, into: (out, 2)) if x == "a" else (lambda out, into: (2, into))
+    for i in (1, 2)
+    for x in "ab"
+}  # of Hugging Face's peft
 BAT = {"disha": lambda out, into: (into // RANK, RANK, RANK)}
 
 
@@ -122,6 +127,12 @@ def with_bat(w: Any, p: Mapping[str, Any]) -> Any:
         return w[o][j] + turned + d[b][row][column]
 
     return [[value(o, j) for j in range(len(w[0]))] for o in range(len(w))]
+
+
+def with_loha(w: Any, p: Mapping[str, Any]) -> Any:
+    """W[o, j] + 4 / 2 (A B)[o, j] (C D)[o, j]."""
+    a, b, c, d = (p[f"hada_w{i}_{x}"] for i in (1, 2) for x in "ab")
+    return [[w[o][j] + 2 * product(a, b, o, j) * product(c, d, o, j) for j in range(len(w[0]))] for o in range(len(w))]
 
 
 def merged(version: str, tensors: Mapping[str, Tensor], formula: Any) -> dict[str, Tensor]:
@@ -184,6 +195,7 @@ def every() -> dict[str, Golden]:
     trained = {name: x for name, x in pissa.items() if "init" not in name}
     init = {name: x for name, x in pissa.items() if "init" in name}
     bone, bat, norms = beside("7", BONE), beside("7", BAT), replaced("7", "ln")
+    loha = beside("7", LOHA)
     lora_4 = beside("4", LORA) | replaced("4", "time", "ln")
     states = {f"blocks.{i}.att.time_state": torch.zeros(2, 4, 4) for i in range(LAYERS)}
     weights = {f"{name}.weight": x for name, x in lora.items()}
@@ -234,7 +246,7 @@ def every() -> dict[str, Golden]:
             {"lm-lora-4.pth": bfloat16(lora_4)}, merged("4", lora_4, scaled(ALPHA / RANK)), "4", alpha=ALPHA
         ),
     }  # fmt: skip
-    some: dict[str, Any] = {"targets": tuple(MATRICES_7), "layers": "all", "also": ()}
+    some: dict[str, Any] = {"targets": tuple(MATRICES_7), "layers": "all", "also": (), "state": "none", "load": None}
     plain = LoraConfig(kind="lora", rank=RANK, alpha=ALPHA, rank_stabilized=False, dropout=0.0, dora=False, **some)
     own = {
         "own-lora": ((lora, plain), with_a_lora),
@@ -248,6 +260,10 @@ def every() -> dict[str, Golden]:
             merged("7", bone | norms, with_bone),
         ),
         "own-bat": ((bat, BatConfig(kind="bat", rank=RANK, **some)), with_a_bat),
+        "own-peft": (
+            (loha, PeftConfig(kind="peft", config={"peft_type": "LOHA", "r": 2, "alpha": 4}, **some)),
+            merged("7", loha, with_loha),
+        ),
         "own-full": (
             (norms, FullConfig(kind="full", layers="all", also=("*ln*",), state="none", load=None)),
             merged("7", norms, None),

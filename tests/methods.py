@@ -1,6 +1,9 @@
 """An example of every way to train a model, and a few more."""
 
+from rwkv_core import checkpoint, models
 from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PeftConfig, PissaConfig, StateConfig
+from rwkv_core.formats import tuned_state
+from rwkv_core.models.state import mount
 
 NEW = {"state": "none", "load": None}
 SOME = {"targets": ("att.receptance", "att.value", "ffn.*"), "layers": "all", "also": (), **NEW}
@@ -62,3 +65,10 @@ PEFT = [
     {"peft_type": "SUPERTUNING", "r": 4},
 ]
 """Settings of Hugging Face's peft: at least one of every method of it that works here."""
+
+
+def begun(path, batch):
+    """A merged model, and what it begins from: the tuned state beside it, as much of that as there is, or None."""
+    model, state = models.load(path), path.with_suffix(".state.pth")
+    files = [x for x in (tuned_state.whole(state), state) if x.exists()]
+    return model, mount(model.initial_state(batch), checkpoint.read(files[0])) if files else None

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from methods import EXAMPLES, OTHERS, SOME
+from methods import EXAMPLES, OTHERS, SOME, begun
 from random_models import VERSIONS
 
 from rwkv_core import checkpoint, models
@@ -15,9 +15,7 @@ from rwkv_core.adapters.file import AdapterRecord
 from rwkv_core.config import AdapterConfig, BatConfig, BoneConfig, FullConfig, PissaConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
-from rwkv_core.formats import tuned_state
 from rwkv_core.merge import Part, merge
-from rwkv_core.models.state import mount
 from rwkv_core.quantize import Form, Packed
 
 FORMS = [form for form in typing.get_args(Form) if form != "none"]
@@ -61,9 +59,7 @@ def logits(model, tokens, state=None):
 
 def merged_logits(path, tokens):
     """Of a merged model; it begins from the state beside it, as much of that as there is."""
-    model, state = models.load(path), path.with_suffix(".state.pth")
-    files = [x for x in (tuned_state.whole(state), state) if x.exists()]
-    begin = mount(model.initial_state(len(tokens)), checkpoint.read(files[0])) if files else None
+    model, begin = begun(path, len(tokens))
     return logits(model, tokens, begin)
 
 

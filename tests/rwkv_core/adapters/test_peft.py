@@ -95,13 +95,13 @@ def test_it_learns_merges_and_is_gone_on_from(values, dtype, base, tmp_path):
         torch.testing.assert_close(logits(models.load(tmp_path / "merged.pth")), want, rtol=1e-4, atol=2e-4)
     going_on = config(values, load=path)
     other = models.load(base, dtype=dtype)
-    attach(other, going_on, 1, warm_start.read(going_on, base, sha256(base)))
+    attach(other, going_on, 1, start=warm_start.read(going_on, base, sha256(base), "none"))
     assert torch.equal(logits(other), want)
 
 
 def test_its_lora_is_ours(base):
     """The same values compute and learn the same."""
-    ours = LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, **SOME)
+    ours = LoraConfig(kind="lora", rank=3, alpha=7.5, rank_stabilized=False, dropout=0.0, dora=False, **SOME)
     one, other = models.load(base), models.load(base)
     attach(one, ours, 0)
     attach(other, config(PEFT[0]), 1)
@@ -142,7 +142,7 @@ def test_a_folder_that_peft_wrote_merges_to_what_peft_computes(values, base, tmp
         assert entry["settings"]["config"] == settings(values)
         going_on = config(values, load=tmp_path / "hf")
         other = models.load(base)
-        attach(other, going_on, 1, warm_start.read(going_on, base, sha256(base)))
+        attach(other, going_on, 1, start=warm_start.read(going_on, base, sha256(base), "none"))
         torch.testing.assert_close(logits(other), want, rtol=1e-5, atol=1e-5)
 
 
@@ -187,9 +187,9 @@ def test_other_settings_are_not_gone_on_from(base, tmp_path):
     attach(model, config(PEFT[2]), 0)
     path = save(tmp_path / "one.pth", base, config(PEFT[2]), model)
     with pytest.raises(InputError, match=r"adapter.config = .*'alpha': 7.*was trained with .*'alpha': 6"):
-        warm_start.read(config(PEFT[2] | {"alpha": 7}, load=path), base, sha256(base))
+        warm_start.read(config(PEFT[2] | {"alpha": 7}, load=path), base, sha256(base), "none")
     same = config(PEFT[2] | {"module_dropout": 0.1, "use_effective_conv2d": False}, load=path)
-    assert warm_start.read(same, base, sha256(base)) is not None
+    assert warm_start.read(same, base, sha256(base), "none") is not None
 
 
 def test_names_in_files():
