@@ -53,7 +53,7 @@ _NINJA = """\
 rule compile
   command = {compile} -c $in -o $out
 rule link
-  command = {link} -shared $in -o $out
+  command = {link} -shared $in -o $out {libraries}
 build {name}.o: compile {source}
 build {name}.so: link {name}.o
 """
@@ -200,7 +200,11 @@ def _build(source: str, kind: Kind, command: tuple[list[str], list[str]], folder
         RuntimeError: the compiler failed, or the folder can't be written.
     """
     compiling, linking = (shlex.join(part).replace("$", "$$") for part in command)
-    text = _NINJA.format(compile=compiling, link=linking, name=source, source=_escaped(_file(source, kind)))
+    # of itself a C compiler, which $CXX may be, leaves the library out, and what torch has loaded of it may not be seen
+    libraries = "-lstdc++" if sys.platform == "linux" else ""
+    text = _NINJA.format(
+        compile=compiling, link=linking, libraries=libraries, name=source, source=_escaped(_file(source, kind))
+    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder.parent) as temporary:

@@ -5,10 +5,12 @@ keeps its name, only what is trained beside it is added to the model, and each m
 merge needs no model. Hence what a method shares between matrices, or learns from data first, can't be had.
 """
 
+import contextlib
 import importlib.util
 import logging
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -209,7 +211,7 @@ def _layer(weight: Tensor, values: Mapping[str, Any], seed: int) -> Any:
     copy.weight = nn.Parameter(weight.to(wide(weight), copy=True), requires_grad=False)
     model = nn.ModuleDict({"matrix": copy})
     devices = [weight.device] if weight.is_cuda else []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=devices), _same_environment():
         warnings.simplefilter("ignore")  # of models in general: that this one has no config, or is of no known family
         torch.manual_seed(seed)
         try:
@@ -222,6 +224,18 @@ def _layer(weight: Tensor, values: Mapping[str, Any], seed: int) -> Any:
             "its initial values change the matrix itself, which its file does not tell; take others, or kind pissa"
         )
     return layer
+
+
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """Take back what the library leaves in the environment: where BOFT can't compile, $CC and $CXX."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _parts(layer: Any) -> dict[str, Tensor]:

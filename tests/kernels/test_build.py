@@ -111,6 +111,17 @@ def test_key_is_of_all_that_shapes_the_code(sources, monkeypatch):
     assert key() in keys, "another source is another library"
 
 
+def test_a_c_compiler_will_do(sources, cache, monkeypatch):
+    """The library has all that it needs, whatever else the process has loaded."""
+    monkeypatch.setenv("CXX", "gcc")
+    (sources / "throws.cpp").write_text('extern "C" int number() { try { throw 1; } catch (int x) { return x; } }')
+    assert build.library("throws").number() == 1
+    (folder,) = cache.iterdir()
+    load = f"import ctypes; print(ctypes.CDLL({str(folder / 'throws.so')!r}).number())"
+    done = subprocess.run([sys.executable, "-S", "-c", load], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_processes_that_build_at_once_share_one_library(sources, cache):
     command = [sys.executable, "-W", "error", "-c", LOAD, str(sources)]
     running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]

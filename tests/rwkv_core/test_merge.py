@@ -44,8 +44,9 @@ def large(tmp_path):
     base = tmp_path / "base.pth"
     checkpoint.write(base, {f"{name}.weight": block.view(-1)[: a * b].view(a, b) for name, (a, b) in modules.items()})
     about = LoraConfig(
-        kind="lora", rank=4, alpha=4.0, rank_stabilized=False, dropout=0.0, targets=("*",), layers="all", also=()
-    )
+        kind="lora", rank=4, alpha=4.0, rank_stabilized=False, dropout=0.0, dora=False, targets=("*",), layers="all", also=(),
+        state="none", load=None,
+    )  # fmt: skip
     record = AdapterRecord(
         format=1, adapter=about, base_sha256=sha256(base), data_sha256="d", vocabulary_sha256="v", run="r"
     )

@@ -92,10 +92,10 @@ def test_export_writes_what_it_checked(done):
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
 
 
-STATE = {"kind": "state", "state": "wkv", "layers": "all", "also": []}
+STATE = {"kind": "state", "state": "wkv", "layers": "all", "also": [], "load": None}
 LORA_AND_STATE = {
-    "kind": "lora", "rank": 2, "alpha": 4, "rank_stabilized": False, "dropout": 0.0, "targets": ["att.*"], "layers": "all",
-    "also": [], "state": "wkv and token shift",
+    "kind": "lora", "rank": 2, "alpha": 4, "rank_stabilized": False, "dropout": 0.0, "dora": False, "load": None,
+    "targets": ["att.*"], "layers": "all", "also": [], "state": "wkv and token shift",
 }  # fmt: skip
 
 
@@ -357,6 +357,7 @@ def test_a_method_of_peft_and_rows_of_tokens_go_through(fresh):
         adapter={
             "kind": "peft", "config": {"peft_type": "LOKR", "r": 2, "alpha": 4}, "targets": ["att.*", "ffn.key"],
             "layers": "all", "also": ["emb.weight[0 101-199]", "head.weight[0 101-199]", "ln_out.*"], "load": None,
+            "state": "none",
         }
     )  # fmt: skip
     for name in ("train", "merge", "evaluate"):

@@ -1,6 +1,7 @@
 """Methods of Hugging Face's peft: each that is not refused by name is its merged matrix, and its file tells all of it."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import warnings
@@ -222,3 +223,10 @@ def test_it_moves_with_the_model(base):
 def test_the_library_is_imported_where_it_is_used_alone():
     code = "import sys, rwkv_core.merge; print('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_environment_stays_as_it_was(tiny):
+    """Where BOFT's own kernel can't be compiled, it leaves $CC and $CXX set, and every compiler after it is another."""
+    before = dict(os.environ)
+    attach(tiny, config({"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 2}), 0)
+    assert dict(os.environ) == before

@@ -14,6 +14,7 @@ from rwkv_core.merge import Part, merge
 from rwkv_core.models.state import BlockState
 from rwkv_core.tokenizer import Tokenizer, bytes_tokenizer
 
+[SHIFTED] = [x for x in OTHERS if x.kind == "lora" and x.state == "wkv and token shift"]
 GREEDY = Sampling(max_tokens=60, temperature=0.0, top_p=1.0, seed=0)
 DRAWN = Sampling(max_tokens=20, temperature=1.0, top_p=1.0, seed=0)
 
@@ -230,12 +231,11 @@ def test_an_adapter_that_does_not_fit_is_refused(base, adapter):
 def with_state(base, tmp_path):
     """A LoRA with a tuned state, and its shift; every number of it random."""
     model = make(vocab_size=256)
-    attach(model, OTHERS[-3], seed=0)
-    assert OTHERS[-3].state == "wkv and token shift"
+    attach(model, SHIFTED, seed=0)
     generator = torch.Generator().manual_seed(2)
     tensors = {name: 0.1 * torch.randn(x.shape, generator=generator) for name, x in trained_state(model).items()}
     record = AdapterRecord(
-        format=1, adapter=OTHERS[-3], base_sha256=sha256(base), data_sha256="d", vocabulary_sha256="v", run="r"
+        format=1, adapter=SHIFTED, base_sha256=sha256(base), data_sha256="d", vocabulary_sha256="v", run="r"
     )
     file.write(tmp_path / "adapter.pth", tensors, record)
     return tmp_path / "adapter.pth"
