@@ -178,8 +178,14 @@ def test_every_version_takes_it(version, config, random_model, tokens, tmp_path)
 
 
 @every_adapter
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "form"),
+    [
+        pytest.param(version, form, marks=() if version == "7" or form == "nf4" else pytest.mark.slow)
+        for version in VERSIONS
+        for form in FORMS
+    ],
+)
 def test_every_method_works_beside_packed_matrices(version, form, config, random_model, tokens, tmp_path):
     """Attached it changes nothing, it learns, and merged into the base as it was rounded it computes the same."""
     base = tmp_path / "base.pth"
