@@ -9,6 +9,7 @@ to the same bits. A product unpacks a few million values at a time, in the forwa
 Source: Dettmers 2015, arXiv:1511.04561 (int8's levels); Dettmers et al. 2023, "QLoRA", arXiv:2305.14314 (nf4, double).
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -295,13 +296,21 @@ def _unpack(codes: Tensor, magnitudes: Tensor, kind: str, shape: tuple[int, int]
 @functools.cache
 def _has_bitsandbytes(device: str) -> bool:
     """Whether it unpacks there with compiled code."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # on import it looks for a package named as ours
     try:
-        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+        with quiet_bitsandbytes():
+            from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
     except Exception:  # it is not there, or does not fit this torch
         return False
+    return device in ("cpu", "cuda") and not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+
+
+@contextlib.contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Within, it may be imported: it takes our package `kernels` for Hugging Face's, and would tell that it is not that."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-    return device in ("cpu", "cuda") and not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)

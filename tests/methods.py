@@ -1,5 +1,7 @@
 """An example of every way to train a model, and a few more."""
 
+import torch
+
 from rwkv_core import checkpoint, models
 from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PeftConfig, PissaConfig, StateConfig
 from rwkv_core.formats import tuned_state
@@ -72,3 +74,14 @@ def begun(path, batch):
     model, state = models.load(path), path.with_suffix(".state.pth")
     files = [x for x in (tuned_state.whole(state), state) if x.exists()]
     return model, mount(model.initial_state(batch), checkpoint.read(files[0])) if files else None
+
+
+def train(model, tokens, steps=5, lr=0.05):
+    """Enough for every part of an adapter to have moved."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        out, _ = model(tokens[:, :-1])
+        torch.nn.functional.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()

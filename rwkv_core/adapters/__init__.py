@@ -15,7 +15,7 @@ from rwkv_core.adapters.linear import AdaptedLinear, wide
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.peft import PeftLinear
 from rwkv_core.adapters.pissa import PissaLinear
-from rwkv_core.adapters.rows import Rows, check, placed, stand_in
+from rwkv_core.adapters.rows import PARTS, Rows, check, placed, stand_in
 from rwkv_core.adapters.state import give
 from rwkv_core.errors import InputError
 from rwkv_core.formats import tuned_state
@@ -146,7 +146,7 @@ def _take(model: nn.Module, start: Mapping[str, Tensor], adapted: Sequence[str])
     start = dict(start)
     for module in _OF_TOKENS:  # trained whole, and saved as the rows that changed
         if f"{module}.weight" in trained and f"{module}.values" in start:
-            parts = {part: start.pop(f"{module}.{part}") for part in ("rows", "values") if f"{module}.{part}" in start}
+            parts = {part: start.pop(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in start}
             try:
                 check(trained[f"{module}.weight"].shape, parts)
                 start[f"{module}.weight"] = placed(trained[f"{module}.weight"], parts)

@@ -7,7 +7,6 @@ merge needs no model. Hence what a method shares between matrices, or learns fro
 
 import contextlib
 import importlib.util
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_core.adapters.linear import AdaptedLinear, autocast, fitting, wide
 from rwkv_core.errors import InputError, WorldError
-from rwkv_core.quantize import Packed
+from rwkv_core.quantize import Packed, quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from rwkv_core.config import PeftConfig
@@ -171,15 +170,8 @@ def _config(values: Mapping[str, Any]) -> Any:
         raise InputError(f"adapter.config.peft_type = {kind}", REFUSED[kind], "take another method")
     if importlib.util.find_spec("peft") is None:
         raise WorldError("peft", f"the package that has {kind} is missing", "pip install 'rwkv-flow[peft]'")
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(
-        logging.ERROR
-    )  # it takes our package `kernels` for Hugging Face's, and tells that it has not what that has
-    try:
+    with quiet_bitsandbytes():
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KINDS
-    finally:
-        log.setLevel(level)
     if kind not in KINDS:
         known = ", ".join(sorted({k.value for k in KINDS} - REFUSED.keys()))
         raise InputError(

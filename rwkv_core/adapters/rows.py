@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_core.adapters.linear import apply, rows, wide
+from rwkv_core.quantize import product, product_back
 
 PARTS = ("rows", "values")
 """What files have after the module's name: (N,) int64, ascending, and (N, C)."""
@@ -96,12 +97,12 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
         ctx.save_for_backward(x, values, chosen)
         ctx.weight = weight
-        return F.linear(x, weight.to(x.dtype))
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, values, chosen = ctx.saved_tensors
-        dx = grads[0] @ ctx.weight.to(grads[0].dtype) if ctx.needs_input_grad[0] else None
+        dx = product_back(grads[0], ctx.weight) if ctx.needs_input_grad[0] else None
         return dx, (rows(grads[0])[:, chosen].mT @ rows(x)).to(values.dtype), None, None
 
 

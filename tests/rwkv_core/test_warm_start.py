@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from methods import EXAMPLES, OTHERS, begun
+from methods import EXAMPLES, OTHERS, begun, train
 from safetensors.torch import save_file
 
 from rwkv_core import checkpoint, models, warm_start
@@ -32,16 +32,6 @@ def logits(model):
         return model.eval()(TOKENS)[0]
 
 
-def train(model, steps=3):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(steps):
-        out, _ = model(TOKENS[:, :-1])
-        torch.nn.functional.cross_entropy(out.flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def save(path, base, config, model, quantize="none"):
     about = {"format": 1, "adapter": config, "base_sha256": sha256(base), "data_sha256": "", "vocabulary_sha256": ""}
     file.write(path, trained_state(model), AdapterRecord(**about, quantize=quantize, run="r"))
@@ -55,7 +45,7 @@ def trained(base, tmp_path):
     def make(config, **how):
         model = models.load(base, **how)
         attach(model, config, seed=0, originals=checkpoint.read(base))
-        train(model)
+        train(model, TOKENS, 3)
         return model, save(tmp_path / "one.pth", base, config, model, how.get("quantize", "none"))
 
     return make
@@ -97,7 +87,7 @@ def test_it_learns_on_and_merges(config, base, trained, tmp_path):
     other = go_on(base, config, path)
     before = logits(other)
     for each in (model, other):
-        train(each)
+        train(each, TOKENS, 3)
     assert torch.equal(logits(other), logits(model))
     assert (logits(other) - before).abs().max() > 0.01
     merge(base, [Part(save(tmp_path / "two.pth", base, config, other))], tmp_path / "merged.pth")

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from methods import EXAMPLES, OTHERS, SOME, begun
+from methods import EXAMPLES, OTHERS, SOME, begun, train
 from random_models import VERSIONS
 
 from rwkv_core import checkpoint, models
@@ -61,17 +61,6 @@ def merged_logits(path, tokens):
     """Of a merged model; it begins from the state beside it, as much of that as there is."""
     model, begin = begun(path, len(tokens))
     return logits(model, tokens, begin)
-
-
-def train(model, tokens, steps=5):
-    """Enough for every part of the adapter to have moved."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(steps):
-        out, _ = model(tokens[:, :-1])
-        torch.nn.functional.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def record(base, config, **changes):

@@ -9,7 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
-from methods import PEFT, SOME
+from methods import PEFT, SOME, train
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from rwkv_core import checkpoint, models, warm_start
@@ -43,17 +43,6 @@ def logits(model):
         return model.eval()(TOKENS)[0]
 
 
-def train(model, steps=3):
-    """At a rate for the unit of each: some scale what they learn."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(steps):
-        out, _ = model(TOKENS[:, :-1])
-        torch.nn.functional.cross_entropy(out.flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def save(path, base, settings, model):
     about = {"format": 1, "adapter": settings, "base_sha256": sha256(base), "data_sha256": "", "vocabulary_sha256": ""}
     file.write(path, trained_state(model), AdapterRecord(**about, run="r"))
@@ -80,7 +69,7 @@ def test_it_learns_merges_and_is_gone_on_from(values, dtype, base, tmp_path):
     frozen = {name: x.clone() for name, x in model.state_dict().items() if name in names}
     start = {name: x.clone() for name, x in trained_state(model).items()}
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        train(model)
+        train(model, TOKENS, 3, 0.02)
     assert all(torch.equal(model.state_dict()[name], x) for name, x in frozen.items())
     learned = trained_state(model)
     assert {x.dtype for x in learned.values() if x.is_floating_point()} == {torch.float32}
@@ -111,7 +100,7 @@ def test_its_lora_is_ours(base):
     ]
     other.load_state_dict(one.state_dict())
     for model in (one, other):
-        train(model)
+        train(model, TOKENS, 3, 0.02)
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-4, atol=1e-4)
     assert (logits(one) - logits(models.load(base))).abs().max() > 0.1
 
@@ -131,7 +120,7 @@ def test_a_folder_that_peft_wrote_merges_to_what_peft_computes(values, base, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(model, theirs)
-        train(wrapped.base_model.model)
+        train(wrapped.base_model.model, TOKENS, 3, 0.02)
         wrapped.save_pretrained(tmp_path / "hf")
     want = logits(wrapped.base_model.model)
     assert (want - logits(models.load(base))).abs().max() > 0.01
@@ -150,7 +139,7 @@ def test_a_folder_that_peft_wrote_merges_to_what_peft_computes(values, base, tmp
 def test_dropout_is_on_in_training_alone(base):
     model = models.load(base)
     attach(model, config(PEFT[0] | {"lora_dropout": 0.5}), 0)
-    train(model)
+    train(model, TOKENS, 3, 0.02)
     assert torch.equal(logits(model), logits(model))
     model.train()
     with torch.no_grad():
@@ -212,7 +201,7 @@ def test_it_moves_with_the_model(base):
     """What the layer has beside its parameters, too."""
     model = models.load(base)
     attach(model, config({"peft_type": "OFT", "oft_block_size": 8}), 0)
-    train(model)
+    train(model, TOKENS, 3, 0.02)
     want = logits(model)
     model.double()
     torch.testing.assert_close(logits(model.float()), want)
