@@ -104,6 +104,14 @@ class Documents:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def learned(self, i: int) -> npt.NDArray[np.bool_]:
+        """Which tokens of document i are learned, (T,); all, where there is no mask."""
+        return np.ones(int(self.sizes[i]), bool)
+
+    def weight(self, i: int) -> float:
+        """What each token of document i counts in the loss; 1, where there are no weights."""
+        return 1.0
+
     def __getitem__(self, i: int) -> npt.NDArray[np.integer]:
         end = int(self._ends[i])
         return self._tokens[end - int(self.sizes[i]) : end]

@@ -15,6 +15,19 @@ class Digest(Protocol):
         """Take in more bytes."""
 
 
+class Unusable(ValueError):
+    """A row that nothing can be learned from; the message says why: value: rule."""
+
+
+class Refused(NamedTuple):
+    """A row that was left out."""
+
+    where: str
+    reason: str
+    raw: bytes
+    """The row itself, as in the file."""
+
+
 class Row(NamedTuple):
     """One line of a source."""
 
