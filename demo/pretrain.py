@@ -9,12 +9,13 @@ import torch
 
 from demo.settings import FILE, OUTPUTS, DemoSettings
 from rwkv_core import checkpoint
+from rwkv_core.config import DataConfig, HoldoutConfig, PartConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.prepare import prepare
 from rwkv_core.data.sampling import rows
 from rwkv_core.files import sha256
 from rwkv_core.models.rwkv7 import RWKV7
-from rwkv_core.tokenizer import VOCAB_SIZE, world
+from rwkv_core.tokenizer import VOCAB_SIZE
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import fit
 from tasks import params, stage
@@ -34,12 +35,12 @@ def pretrain() -> None:
     model.initialize(torch.Generator().manual_seed(settings.seed))
     optimizer = settings.train.optimizer
     with tempfile.TemporaryDirectory() as data:
-        prepare(source, _VALID, None, world(), Path(data))
+        prepare(_plain(source), Path(data, "out"), Path(data, "work"))
         result = fit(
             model,
             model.parameter_groups(optimizer.lr, optimizer.weight_decay),
-            rows(Documents(Path(data, "train")), settings.train, settings.seed),
-            rows(Documents(Path(data, "valid")), settings.train, None),
+            rows(Documents(Path(data, "out/train")), settings.train, settings.seed),
+            rows(Documents(Path(data, "out/valid")), settings.train, None),
             settings.train,
             seed=settings.seed,
             folder=folder,
@@ -48,6 +49,32 @@ def pretrain() -> None:
     checkpoint.write(OUTPUTS / "base.pth", model.state_dict(), "bf16")
     (folder / LAST).unlink(missing_ok=True)
     print(f"pretrained on {result.tokens} tokens: held-out loss {result.history['valid'][result.steps]['loss']:.3f}")
+
+
+def _plain(source: Path) -> DataConfig:
+    """Every row is a text, all of which is learned."""
+    every = PartConfig(
+        name="all",
+        files="*",
+        kind="jsonl",
+        columns={},
+        blank_lines="keep",
+        think="as_given",
+        mask="none",
+        marks=None,
+        weight=1,
+    )
+    holdout = HoldoutConfig(fraction=_VALID, group=None, near_duplicates=None, leaks="keep")
+    return DataConfig(
+        source=source,
+        tokenizer="world",
+        special_tokens={},
+        parts=(every,),
+        refused=0,
+        holdout=holdout,
+        processes=1,
+        cluster=None,
+    )
 
 
 if __name__ == "__main__":

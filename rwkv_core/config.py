@@ -95,6 +95,9 @@ class DataConfig(Config):
     processes: int | None = Field(ge=1)
     """Processes that prepare; null: one a core. The result does not depend on it."""
 
+    cluster: str | None
+    """Dask scheduler whose workers prepare instead, tcp://host:8786; they must see the same files. Needs the extra dask."""
+
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         for names, what in (

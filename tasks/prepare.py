@@ -1,39 +1,85 @@
-"""prepare: the source text becomes token files, a held-out part kept apart."""
+"""prepare: the source becomes token files, a held-out part kept apart."""
 
-import csv
-from typing import Any
+import functools
+import importlib.util
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from pathlib import Path
 
-from rwkv_core.data.prepare import SIDES
+from rwkv_core import processes
+from rwkv_core.config import DataConfig
+from rwkv_core.data.join import SIDES
 from rwkv_core.data.prepare import prepare as prepare_data
-from rwkv_core.files import whole_folder, write_json
-from rwkv_core.tokenizer import named
+from rwkv_core.errors import WorldError
 from tasks import stage
 from tasks.params import load
+from tasks.record import main_root
+
+WORK = Path(".rwkvflow/prepare")
+"""Where finished shards lie until all are, in the main checkout."""
 
 
 def prepare() -> None:
-    """data.source -> outputs/data: train and valid .bin and .idx, manifest.json, metrics.json, lengths.csv."""
-    params = load()
-    data = params.data
-    with whole_folder(stage.DATA) as out:
-        tokenizer = named(data.tokenizer)
-        manifest = prepare_data(data.source, data.holdout.fraction, data.holdout.group, tokenizer, out)
-        write_json(out / "metrics.json", _metrics(manifest))
-        with (out / "lengths.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["tokens_up_to", "documents", "side"])
-            table.writerows((most, n, side) for side in SIDES for most, n in manifest[side]["lengths"].items())
-    counts = ", ".join(f"{manifest[s]['documents']} documents of {manifest[s]['tokens']} tokens in {s}" for s in SIDES)
+    """data.source -> outputs/data: token files with masks and weights, what was refused, lints, manifest.json, metrics.json."""
+    data = load().data
+    work = main_root(Path.cwd()) / WORK
+    manifest = prepare_data(data, stage.DATA, work, functools.partial(_pool, data), _Progress())
+    source, holdout = manifest["source"], manifest["holdout"]
+    told = [
+        f"{manifest[side]['documents']} documents of {manifest[side]['tokens']} tokens in {side}, "
+        f"{manifest[side]['learned']} of them learned"
+        for side in SIDES
+    ]
     print(
-        f"prepared {manifest['source']['rows']} rows: {counts}; {manifest['source']['dropped_empty']} empty rows dropped"
+        f"prepared {source['rows']} rows of {source['files']} files: {'; '.join(told)}; {source['dropped_empty']} empty rows "
+        f"dropped, {source['refused']} refused, {holdout['leaks']} leaking into the held-out ones, {holdout['leaks_dropped']} "
+        "of them dropped"
     )
+    for code, count in manifest["lints"].items():
+        print(f"lint {code}: {count}, see {stage.DATA / 'lints.csv'}")
+    for name in source["files_not_read"][:10]:
+        print(f"not read: {name}, which no pattern of data.parts matches")
 
 
-def _metrics(manifest: dict[str, Any]) -> dict[str, Any]:
-    sides = {
-        side: {name: manifest[side][name] for name in ("documents", "tokens", "bytes", "longest")} for side in SIDES
-    }
-    return {"rows": manifest["source"]["rows"], "dropped": manifest["source"]["dropped_empty"], "truncated": 0, **sides}
+@contextmanager
+def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
+    """What runs so many shards: the cluster's workers, or processes of this machine."""
+    if data.cluster is None:
+        with processes.pool(min(data.processes or processes.cores(), shards)) as executor:
+            yield executor
+        return
+    if importlib.util.find_spec("distributed") is None:
+        raise WorldError(
+            f"data.cluster = {data.cluster}",
+            "the package that speaks to it is missing",
+            "pip install 'rwkv-flow[dask]'",
+        )
+    from distributed import Client
+
+    try:
+        client = Client(data.cluster, timeout=30)
+    except OSError as error:
+        raise WorldError(
+            f"data.cluster = {data.cluster}", f"no Dask scheduler answers ({error})", "start it, or correct the address"
+        ) from None
+    with client, client.get_executor(pure=False, retries=2) as executor:
+        yield executor
+
+
+class _Progress:
+    """A line now and then."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._shown > self.SECONDS_BETWEEN_LINES:
+            print(f"preparing: {done} of {total} shards", flush=True)
+            self._shown = time.monotonic()
 
 
 if __name__ == "__main__":

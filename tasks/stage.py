@@ -5,7 +5,6 @@ served  PREFECT_API_URL names a server that answers: a flow of one task, visible
 plain   otherwise: the function is called. Prefect is not even imported, let alone a server started.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -19,11 +18,14 @@ from typing import NoReturn
 
 from rwkv_core.errors import Interrupted, Problem
 from rwkv_core.files import explain
+from rwkv_core.processes import stop_with_parent
 
 OUTPUTS = Path("outputs")
 """Everything the stages write, each into its own folder, as dvc.yaml declares it."""
 
-DATA, TRAIN, MERGED, EVALUATE, EXPORT = (OUTPUTS / n for n in ("data", "train", "merged", "evaluate", "export"))
+DATA, PREVIEW, TRAIN, MERGED, EVALUATE, EXPORT = (
+    OUTPUTS / n for n in ("data", "preview", "train", "merged", "evaluate", "export")
+)
 MANIFEST = DATA / "manifest.json"
 ADAPTER = TRAIN / "adapter.pth"
 MODEL = MERGED / "model.pth"
@@ -37,7 +39,6 @@ NESTED = "RWKVFLOW_FLOW_RUN"
 
 Stage = Callable[[], None]
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_SOFTWARE = 70  # sysexits.h
 
 
@@ -53,7 +54,7 @@ def main(stage: Stage) -> NoReturn:
     there the next time (a device that broke down, a defect of ours), and 128 + n when signal n stopped it.
     """
     name = stage.__name__
-    _stop_with_parent()
+    stop_with_parent()
     _tell_choices()
     try:
         if NESTED not in os.environ and answers(os.environ.get("PREFECT_API_URL", "")):
@@ -111,9 +112,3 @@ def answers(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
         return False
-
-
-def _stop_with_parent() -> None:
-    """Be told to stop when dvc dies: a training process must not live on unseen and hold the card."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -15,10 +15,10 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
-        "tqdm", "matplotlib", "jinja2", "bitsandbytes", "peft",
+        "tqdm", "matplotlib", "jinja2", "bitsandbytes", "peft", "filelock",
     },
     "tasks": {
-        "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch",
+        "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",
     },
     "flows": {"tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow"},
     "demo": {"tasks", "rwkv_core", "torch", "pydantic"},

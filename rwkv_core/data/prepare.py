@@ -1,79 +1,271 @@
-"""Text to tokens: one pass over the source writes the training and the held-out documents."""
+"""Rows in, token files out: shard by shard, in as many processes as there are, with the same bytes however many.
 
+A shard is a piece of the source that one process reads by itself. What is made of it stays in a folder of its own until all are
+done, so that an interrupted preparation goes on with the shards that it lacks. Then they are joined, in the source's order.
+"""
+
+import csv
+import functools
 import hashlib
+import json
+import shutil
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+from rwkv_core.config import DataConfig
+from rwkv_core.data import near, source
 from rwkv_core.data.binidx import Writer
-from rwkv_core.data.source import rows
+from rwkv_core.data.dialogue import Text, read, spans
+from rwkv_core.data.join import EMPTY, SIDES, beside, join
+from rwkv_core.data.lint import Finding, lint
+from rwkv_core.data.mask import learned_tokens
+from rwkv_core.data.source import Refused, Row, Shard, Unusable
 from rwkv_core.errors import InputError
-from rwkv_core.files import write_json
-from rwkv_core.tokenizer import END, Tokenizer
+from rwkv_core.files import whole_folder, write_json
+from rwkv_core.tokenizer import END, Tokenizer, named
 
-SIDES = ("train", "valid")
+Pool = Callable[[int], AbstractContextManager[Executor]]
+"""Gives, for so many shards, what runs them."""
+
+_WEEK = 7 * 86400.0
+"""Seconds after which shards that nobody came back for are removed."""
 
 
 def held_out(group: str, fraction: float) -> bool:
     """Whether rows of `group` are kept from training: it depends on the name alone, not on the rows around it."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8]) < fraction * 2**64
+    return _held_out(hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest(), fraction)
 
 
-def prepare(source: Path, fraction: float, group: str | None, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
-    """Tokenize `source` into `out`/train.bin, .idx and `out`/valid.bin, .idx. Memory does not grow with the text.
+def _held_out(digest: bytes, fraction: float) -> bool:
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
-    Each document ends with token 0. Rows whose text is empty are dropped and counted, so the counts add up.
+
+def prepare(
+    data: DataConfig,
+    out: Path,
+    work: Path,
+    pool: Pool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Tokenize `data.source` into a binidx of each side, with masks and weights. Memory does not grow with the text.
+
+    Each document ends with token 0. Every row is learned, held out, left out as a leak, or in refused.jsonl: the counts add up.
 
     Args:
-        source: a .jsonl file.
-        fraction: share of the groups to hold out.
-        group: field of a row that names its group; a row without it is a group of its own, named by its text.
-        tokenizer: of the model to train.
-        out: an existing folder.
+        data: what to read, and how.
+        out: becomes a folder of train and valid .bin, .idx, .mask and .weights, refused.jsonl, lints.csv, files.csv,
+            lengths.csv, manifest.json and metrics.json.
+        work: folder of finished shards; those of a finished preparation are removed.
+        pool: of processes that see the same files; it is not asked for a single shard. None: this process does all.
+        progress: is told how many shards are done, and how many there are.
 
     Returns:
-        The manifest: source, vocabulary and split, and for each side documents, tokens, bytes, longest document and a
-        histogram of lengths (documents by the power of two that their tokens do not exceed).
+        The manifest: source, vocabulary, split, and for each side documents, tokens, those learned, bytes, longest document,
+        a histogram of lengths (documents by the power of two that their tokens do not exceed) and where each part begins.
 
     Raises:
-        InputError: a row can't be read (see `source.rows`), or a side would be empty.
+        InputError: the source can't be read, more rows are refused than may be, or a side would be empty.
     """
-    sha = hashlib.sha256()
-    writers = {side: Writer(out / side) for side in SIDES}
-    sides = {side: {"documents": 0, "tokens": 0, "bytes": 0, "longest": 0} for side in SIDES}
-    lengths: dict[str, Counter[int]] = {side: Counter() for side in SIDES}
-    dropped = ungrouped = total = 0
-    for row in rows(source, group, sha):
-        total += 1
-        if not row.text:
-            dropped += 1
-            continue
-        ungrouped += row.group is None
-        side = SIDES[held_out(row.text if row.group is None else row.group, fraction)]
-        tokens = [*tokenizer.encode(row.text), END]
-        writers[side].add(tokens)
-        count = sides[side]
-        count["documents"] += 1
-        count["tokens"] += len(tokens)
-        count["bytes"] += len(row.text.encode())
-        count["longest"] = max(count["longest"], len(tokens))
-        lengths[side][1 << (len(tokens) - 1).bit_length()] += 1
-    for writer in writers.values():
-        writer.close()
-    if total == dropped:
-        raise InputError(f"{source}: {total} rows", "none has any text", "give it rows with text")
-    for side, count in sides.items():
-        if not count["documents"]:
-            raise InputError(
-                f"{source}: {total - dropped} rows, none of them on the {side} side",
-                f"data.holdout.fraction = {fraction} must leave documents on both sides",
-                "change the fraction, or the group, or give more rows",
-            )
-    manifest = {
-        "source": {"path": str(source), "sha256": sha.hexdigest(), "rows": total, "dropped_empty": dropped},
-        "vocabulary": {"sha256": tokenizer.digest, "size": len(tokenizer.table)},
-        "holdout": {"fraction": fraction, "group": group, "rows_without_group": ungrouped},
-        **{side: sides[side] | {"lengths": dict(sorted(lengths[side].items()))} for side in SIDES},
-    }
-    write_json(out / "manifest.json", manifest)
+    plan = source.plan(data.source, data.parts)
+    tokenizer = named(data.tokenizer, data.special_tokens)
+    digest = hashlib.sha256(f"{_settings_digest(data, tokenizer)} {plan.sha256}".encode()).hexdigest()[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / f"{digest}.lock"):
+        folders = [work / digest / shard.digest for shard in plan.shards]
+        _run(data, plan.shards, folders, pool, progress)
+        with whole_folder(out) as whole:
+            manifest = join(data, plan, tokenizer, folders, whole)
+        shutil.rmtree(work / digest)
+    _sweep(work)
     return manifest
+
+
+def _settings_digest(data: DataConfig, tokenizer: Tokenizer) -> str:
+    """Of all that shapes a shard beside the source; the code too, lest shards of two versions are joined."""
+    shaping = data.model_dump(mode="json", include={"parts", "tokenizer", "special_tokens", "holdout"})
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"\0".join([json.dumps(shaping).encode(), tokenizer.digest.encode(), *code])).hexdigest()
+
+
+def _sweep(work: Path) -> None:
+    for left in work.iterdir():
+        if left.stat().st_mtime < time.time() - _WEEK:
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _run(
+    data: DataConfig,
+    shards: Sequence[Shard],
+    folders: Sequence[Path],
+    pool: Pool | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Make the shards that are not there. They end in the source's order: of several faults, its first is what is told."""
+    todo = [(shard, folder.absolute()) for shard, folder in zip(shards, folders, strict=True) if not folder.exists()]
+    done = len(shards) - len(todo)
+    task = functools.partial(_shard, data.model_copy(update={"source": data.source.absolute()}))
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(shards))
+
+    if pool is None or len(todo) < 2:
+        for shard, folder in todo:
+            task(shard, folder)
+            tell()
+        return
+    with pool(len(todo)) as executor:
+        for future in [executor.submit(task, shard, folder) for shard, folder in todo]:
+            future.result()
+            tell()
+
+
+class _Side:
+    """What of a shard goes to one side."""
+
+    def __init__(self, folder: Path, side: str, data: DataConfig) -> None:
+        self.writer = Writer(folder / side)
+        self.facts: dict[str, int] = {"documents": 0, "tokens": 0, "learned": 0, "bytes": 0, "longest": 0}
+        self.lengths: Counter[int] = Counter()
+        self.keys = list[bytes]()
+        self.signatures = list[npt.NDArray[np.uint32]]()
+        self.where = list[str]()
+        self._near = data.holdout.near_duplicates is not None
+        self._prefix = folder / side
+
+    def add(self, document: "_Document", key: bytes, where: str) -> None:
+        tokens, facts = document.tokens, self.facts
+        count = len(tokens)
+        self.writer.add(tokens, document.learned, document.weight)
+        facts["documents"] += 1
+        facts["tokens"] += count
+        facts["learned"] += count if document.learned is None else int(np.count_nonzero(document.learned))
+        facts["bytes"] += document.bytes
+        facts["longest"] = max(facts["longest"], count)
+        self.lengths[1 << (count - 1).bit_length()] += 1
+        self.keys.append(key)
+        self.where.append(where)
+        if self._near:
+            self.signatures.append(near.signature(tokens[:-1]))
+
+    def close(self) -> dict[str, Any]:
+        """Write what the joining needs beside the binidx; the facts."""
+        self.writer.close()
+        np.save(beside(self._prefix, "keys"), np.frombuffer(b"".join(self.keys), "<u8"))
+        if self._near:
+            signatures = np.stack(self.signatures) if self.signatures else np.zeros((0, near.SIZE), np.uint32)
+            np.save(beside(self._prefix, "near"), signatures)
+        beside(self._prefix, "where").write_text(json.dumps(self.where, ensure_ascii=False), encoding="utf-8")
+        return self.facts | {"lengths": self.lengths}
+
+
+class _Document(NamedTuple):
+    """A row, ready to be written."""
+
+    tokens: npt.NDArray[np.uint16]
+    """(T,), the end token among them."""
+    learned: npt.NDArray[np.bool_] | None
+    """(T,); None: all."""
+    weight: float
+    bytes: int
+    """Of its text."""
+    name: bytes
+    """What it is grouped by where no field says it, and known again by: its text."""
+    findings: Sequence[Finding]
+
+
+def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
+    """Make one shard, whole or not at all."""
+    tokenizer = named(data.tokenizer, data.special_tokens)
+    part, holdout = data.parts[shard.part], data.holdout
+    total = refused = empty = ungrouped = 0
+    with (
+        whole_folder(folder) as out,
+        (out / "refused.jsonl").open("w", encoding="utf-8") as refusals,
+        (out / "lints.csv").open("w", newline="", encoding="utf-8") as findings,
+    ):
+        sides = {side: _Side(out, side, data) for side in SIDES}
+        table = csv.writer(findings)
+        counts: Counter[str] = Counter()
+        for row in source.rows(shard, data.source):
+            total += 1
+            outcome = row if isinstance(row, Refused) else _document(row, data, shard.part, tokenizer)
+            if isinstance(outcome, Refused):
+                if outcome.reason == EMPTY:
+                    empty += 1
+                elif not data.refused:
+                    raise InputError(
+                        f"{outcome.where}: {outcome.reason}",
+                        "data.refused = 0 lets no row be left out",
+                        "correct the row, or let data.refused be above 0: such rows are then listed in refused.jsonl",
+                    )
+                else:
+                    refused += 1
+                refusals.write(_told(outcome))
+                continue
+            value = row.fields.get(holdout.group) if holdout.group is not None else None
+            ungrouped += value is None
+            name = outcome.name if value is None else str(value).encode("utf-8", "surrogateescape")
+            digest = hashlib.sha256(name).digest()
+            side = sides[SIDES[_held_out(digest, holdout.fraction)]]
+            side.add(outcome, (digest if value is None else hashlib.sha256(outcome.name).digest())[:8], row.where)
+            for finding in outcome.findings:
+                counts[finding.code] += 1
+                table.writerow((finding.code, row.where, finding.at + 1, finding.message))
+        facts = {side: sides[side].close() for side in SIDES}
+        about = {"part": part.name, "rows": total, "refused": refused, "empty": empty, "ungrouped": ungrouped}
+        write_json(out / "facts.json", {**about, "lints": counts, **facts})
+
+
+def _document(row: Row, data: DataConfig, part_index: int, tokenizer: Tokenizer) -> "_Document | Refused":
+    part = data.parts[part_index]
+    try:
+        given = row.fields.get("tokens")
+        if isinstance(given, np.ndarray):
+            if not len(given):
+                return Refused(row.where, EMPTY, row.raw)
+            ids = given
+            if int(given.min()) < 0 or int(given.max()) >= len(tokenizer.table):
+                raise Unusable(f"token {given.min()} to {given.max()}: the tokenizer has {len(tokenizer.table)}")
+            raw = tokenizer.decode_bytes(given.tolist())
+            text = raw.decode("utf-8", "surrogateescape")
+            content = Text(text, spans(text, part), part.weight)
+            findings: Sequence[Finding] = ()
+        else:
+            content = read(row.fields, part)
+            if not content.text:
+                return Refused(row.where, EMPTY, row.raw)
+            raw = content.text.encode()
+            ids = tokenizer.encode(content.text)
+            findings = lint(row.fields, content, part)
+    except Unusable as reason:
+        return Refused(row.where, str(reason), row.raw)
+    tokens = np.empty(len(ids) + 1, np.uint16)
+    tokens[:-1], tokens[-1] = ids, END
+    learned = None
+    if content.learned is not None:
+        learned = np.ones(len(tokens), bool)  # that the document ends is always learned
+        learned[:-1] = learned_tokens(tokenizer, tokens[:-1], content.text, content.learned)
+    return _Document(tokens, learned, content.weight, len(raw), raw, findings)
+
+
+def _told(refused: Refused) -> str:
+    """A line of refused.jsonl. Bytes that are no UTF-8 stand in it as lone surrogates, so that the row can be had back."""
+    line = {"where": refused.where, "reason": refused.reason, "row": refused.raw.decode("utf-8", "surrogateescape")}
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(line)
+    return f"{text}\n"
