@@ -59,8 +59,8 @@ def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
     from distributed import Client
 
     try:
-        client = Client(data.cluster, timeout=30)
-    except OSError as error:
+        client = Client(data.cluster, timeout=10)
+    except (OSError, ValueError) as error:
         raise WorldError(
             f"data.cluster = {data.cluster}", f"no Dask scheduler answers ({error})", "start it, or correct the address"
         ) from None
