@@ -10,6 +10,8 @@ $RWKV_LM names a clone of BlinkDL/RWKV-LM.
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
 import os
 import re
@@ -21,15 +23,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import describe
 from benchmarks.train_step import lora
 from kernels import choice, time_mix7, token_shift, wkv4, wkv6, wkv7
 from kernels.channel_mix import relu_squared
-from kernels.choice import Form
 from kernels.head_loss import head_loss
 from rwkv_core.adapters import attach
 from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import Linear
+from rwkv_core.quantize import Form, Packed, QuantizedLinear
 
 REPEATS = 9
 
@@ -54,6 +58,8 @@ class Sizes(NamedTuple):
         ("2.9B", 32, 2560),
     )
     """Models by name, layers and channels, trained by LoRA of rank 64."""
+    forms: Sequence[Form] = ("none", "int8", "nf4")
+    """How their frozen matrices are kept."""
     context: int = 1024
     copied: int = 2**31
     """Bytes that measure the bandwidth."""
@@ -67,6 +73,14 @@ SMALL = Sizes(
 LEAN = {"0.1B": 1.35, "0.4B": 2.53, "1.5B": 5.77, "2.9B": 10.0}
 """GB that a step of LoRA (rank 64, bfloat16 base, context 1024, one row, no checkpointing) needs on paper, the CUDA context
 of 0.45 GB included: base, adapter with float32 moments, and 12 values of C a token and layer."""
+
+DOCUMENTED = {
+    "0.1B": {"none": 2.7, "int8": 2.5, "nf4": 2.4},
+    "0.4B": {"none": 3.1, "int8": 2.9, "nf4": 2.7},
+    "1.5B": {"none": 5.6, "int8": 4.5, "nf4": 3.9},
+    "2.9B": {"none": 8.8, "int8": 6.7, "nf4": 5.7},
+}
+"""GB that RWKV-PEFT's documents give for RWKV-7 at rank 64, context 1024, micro-batch 1, deepspeed_stage_1 and grad_cp."""
 
 CONTEXT_GB = 0.45
 
@@ -171,7 +185,9 @@ def ours(name: str, device: str) -> dict[str, Call]:
     """Our forms that work here, each schedule of CUDA's WKV-7 for itself."""
     operator: Any = OPERATORS[name]
     x = torch.zeros(1, device=device)
-    forms: list[Form] = [f for f in choice.WKV if not choice._obstacle(name, f, x) and (name != "wkv4" or f != "fla")]
+    forms: list[choice.Form] = [
+        f for f in choice.WKV if not choice._obstacle(name, f, x) and (name != "wkv4" or f != "fla")
+    ]
     return {form: lambda *xs, form=form: operator.apply(form, *xs) for form in forms}
 
 
@@ -313,40 +329,59 @@ def neighbours(sizes: Sizes, clock: Clock, copy: float) -> list[dict[str, Any]]:
 
 
 def training_steps(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
-    """Memory and speed of a LoRA step of each model, one row of `context` tokens."""
+    """Memory and speed of a LoRA step of each model beside each form of its matrices, one row of `context` tokens."""
     rows = []
     for name, layers, channels in sizes.steps:
-        print(f"training step, {name}", flush=True)
-        if clock.device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        with torch.device(clock.device):
-            model = RWKV7(RWKV7.new_shape(layers, channels, min(64, channels), sizes.vocab)).bfloat16()
-            for p in model.parameters():
-                torch.nn.init.normal_(p, std=0.02)
-        attach(model, lora(64, ["att.*", "ffn.*"]), seed=0)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-        tokens = torch.randint(0, sizes.vocab, (1, sizes.context + 1), device=clock.device)
+        for form, again in itertools.product(sizes.forms, (False, True)):
+            print(f"training step, {name}, {form}{', blocks made again' if again else ''}", flush=True)
+            model = made(layers, channels, sizes.vocab, form, clock.device)
+            if again:  # as the documents' settings do (grad_cp=1)
+                for block in model.blocks:
+                    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            attach(model, lora(64, ["att.*", "ffn.*"]), seed=0)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+            tokens = torch.randint(0, sizes.vocab, (1, sizes.context + 1), device=clock.device)
 
-        def step(model: Any = model, optimizer: Any = optimizer, tokens: Tensor = tokens) -> None:
-            features, _ = model.features(tokens[:, :-1])
-            head_loss(features.flatten(0, 1), model.head.weight, tokens[:, 1:].flatten(), 1e-4).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            def step(model: Any = model, optimizer: Any = optimizer, tokens: Tensor = tokens) -> None:
+                features, _ = model.features(tokens[:, :-1])
+                head_loss(features.flatten(0, 1), model.head.weight, tokens[:, 1:].flatten(), 1e-4).backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
-        found = clock({"step": step})
-        peak = torch.cuda.max_memory_allocated() / 1e9 + CONTEXT_GB if clock.device != "cpu" else None
-        if found:
-            rows.append(
-                {
-                    "model": name,
-                    "step_ms": found["step"],
-                    "tokens_per_s": sizes.context / found["step"] * 1e3,
-                    "peak_gb": peak,
-                }
-            )
-        del model, optimizer, step
+            if clock.device != "cpu":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            found = clock({"step": step})
+            peak = torch.cuda.max_memory_allocated() / 1e9 + CONTEXT_GB if clock.device != "cpu" else None
+            documented = DOCUMENTED.get(name, {}).get(form)
+            if found:
+                rows.append(
+                    {
+                        "model": name,
+                        "matrices": form,
+                        "blocks made again": "yes" if again else "no",
+                        "step_ms": found["step"],
+                        "tokens_per_s": sizes.context / found["step"] * 1e3,
+                        "peak_gb": peak,
+                        "lean_gb": LEAN.get(name) if form == "none" and not again else None,
+                        "documents_gb": documented,
+                        "of_documents": peak / documented if peak and documented else None,
+                    }
+                )
+            del model, optimizer, step
     return rows
+
+
+def made(layers: int, channels: int, vocab: int, form: Form, device: str) -> RWKV7:
+    """A model of random values in bfloat16; matrix by matrix, the blocks' are packed."""
+    with torch.device(device):
+        model = RWKV7(RWKV7.new_shape(layers, channels, min(64, channels), vocab)).bfloat16()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+    if form != "none":
+        for name, matrix in [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, Linear)]:
+            model.blocks.set_submodule(name, QuantizedLinear(Packed(matrix.weight.detach(), form)))
+    return model
 
 
 # The report.
@@ -374,8 +409,6 @@ def measure(device: str, sizes: Sizes, folder: Path) -> Path:
         "Around it": neighbours(sizes, clock, copy),
         "LoRA step": training_steps(sizes, clock),
     }
-    for row in found["LoRA step"]:
-        row["lean_gb"] = LEAN.get(row["model"])
     day, machine = datetime.date.today().isoformat(), describe()
     short = re.sub(r"[^a-z0-9]+", "-", (torch.cuda.get_device_name() if device != "cpu" else "cpu").lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)

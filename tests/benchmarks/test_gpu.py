@@ -38,7 +38,8 @@ def test_rehearsal(tmp_path):
     assert {"cpu", "torch"} <= {row["implementation"] for row in told["WKV"]}
     assert all(row["both_ms"] > 0 and row["error"] < 0.02 for row in told["WKV"])
     assert len(told["Around it"]) == 10
-    assert [row["model"] for row in told["LoRA step"]] == ["tiny"]
+    steps = [(row["model"], row["matrices"], row["blocks made again"]) for row in told["LoRA step"]]
+    assert steps == [("tiny", form, again) for form in ("none", "int8", "nf4") for again in ("no", "yes")]
     text = table.read_text()
     assert all(f"## {title}" in text for title in ("WKV", "Around it", "LoRA step"))
 

@@ -247,7 +247,8 @@ def test_special_tokens_are_one_token_each(tmp_path):
 
 def near_copies(tmp_path):
     """Rows that are alike but for a word, beside ones that are not: the same topic, different groups."""
-    words = "the eagle flew far over the sea in spring and found no land until the snow had gone from its nest".split()
+    sentence = "the eagle flew far over the sea in spring and found no land until the snow had gone from its nest"
+    words = sentence.split()
     rows = []
     for i in range(60):
         text = " ".join(words[i % 20 :] + words[: i % 20]) * 3
