@@ -204,7 +204,8 @@ def made_from(path: Path) -> set[str]:
 def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
     """Files to keep as artifacts, by their name there. The merged model is not among them: it is a version's own."""
     wanted = {
-        "data": ("manifest.json", "metrics.json"),
+        "data": ("manifest.json", "metrics.json", "lints.csv", "lengths.csv"),
+        "preview": ("preview.html", "metrics.json"),
         "train": ("adapter.pth", FILE, "history.csv", "valid.csv", "metrics.json"),
         "merged": ("receipt.json",),
         "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "documents.csv", "*.png", "*.svg"),

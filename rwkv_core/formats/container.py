@@ -3,11 +3,15 @@
 A file can hold no code that runs, and its tensors are mapped rather than loaded where possible.
 """
 
+import contextlib
+import mmap
 import pickle
 import re
 import struct
+import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,9 @@ from rwkv_core.errors import InputError, WorldError
 
 SAFETENSORS = (".safetensors", ".st", ".state")
 SUFFIXES = (*SAFETENSORS, ".pth", ".pt", ".bin")
+
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # linux/mman.h; Python has no name for it
+_patching = threading.RLock()
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip archive's entry: APPNOTE.TXT, 4.3.7
 _HAS_DESCRIPTOR = 1 << 3  # a flag: behind the entry's data, its checksum and sizes follow
@@ -42,7 +49,8 @@ def read(path: Path) -> dict[str, Tensor]:
                 "safetensors", f"the package that reads {path} is missing", "pip install safetensors"
             ) from None
     try:
-        tensors = load(path)
+        with _mapped_unreserved():
+            tensors = load(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
@@ -68,6 +76,31 @@ def read(path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} is no plain array", "every value must be stored, once", "give the model file itself"
             )
     return tensors
+
+
+@contextlib.contextmanager
+def _mapped_unreserved() -> Iterator[None]:
+    """Within, torch maps files without memory set aside for what may be written to them.
+
+    With it, as torch does by itself, the system refuses a file that is larger than its memory, though a model is read from it
+    tensor by tensor. What is written to such memory stays there, and never comes to the file.
+    """
+    own = torch.UntypedStorage.from_file
+
+    def from_file(filename: str, shared: bool = False, nbytes: int = 0) -> Any:
+        if shared:
+            return own(filename, shared, nbytes)
+        with Path(filename).open("rb") as file:
+            flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            content = mmap.mmap(file.fileno(), nbytes, flags=flags, prot=prot)
+        return torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+
+    with _patching:
+        torch.UntypedStorage.from_file = from_file  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.from_file = own  # type: ignore[method-assign]
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> InputError:

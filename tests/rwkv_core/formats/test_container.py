@@ -1,6 +1,11 @@
+import json
+import os
+import struct
+import sys
 import zipfile
 
 import checkpoints
+import psutil
 import pytest
 import torch
 from checkpoints import same
@@ -81,3 +86,26 @@ def test_what_is_no_safetensors_is_refused(content, suffix, tmp_path):
     refuse(
         path, r"the file is cut short or no \.safetensors; download it again|holds a dict: must be names with tensors"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for more memory than there is")
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """One with holes: it takes no space."""
+    size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total)
+    header = json.dumps(
+        {
+            "first": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+            "last": {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.seek(size, os.SEEK_CUR)
+        file.write(struct.pack("<f", 1.5))
+    tensors = container.read(path)
+    assert tensors["last"].item() == 1.5
+    assert tensors["first"][-1] == 0
+    tensors["last"].fill_(2)  # stays in memory
+    assert container.read(path)["last"].item() == 1.5
