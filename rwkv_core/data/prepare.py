@@ -1,17 +1,31 @@
 """Text to tokens: one pass over the source writes the training and the held-out documents."""
 
 import hashlib
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rwkv_core.config import PartConfig
 from rwkv_core.data.binidx import Writer
-from rwkv_core.data.source import rows
+from rwkv_core.data.source import Refused, plan, rows
 from rwkv_core.errors import InputError
 from rwkv_core.files import write_json
 from rwkv_core.tokenizer import END, Tokenizer
 
 SIDES = ("train", "valid")
+
+_JSONL = PartConfig(
+    name="all",
+    files="*",
+    kind="jsonl",
+    columns={},
+    blank_lines="keep",
+    think="as_given",
+    mask="none",
+    marks=None,
+    weight=1,
+)
 
 
 def held_out(group: str, fraction: float) -> bool:
@@ -36,26 +50,35 @@ def prepare(source: Path, fraction: float, group: str | None, tokenizer: Tokeniz
         histogram of lengths (documents by the power of two that their tokens do not exceed).
 
     Raises:
-        InputError: a row can't be read (see `source.rows`), or a side would be empty.
+        InputError: a row can't be read or has no text (see `source.rows`), or a side would be empty.
     """
-    sha = hashlib.sha256()
+    found = plan(source, [_JSONL])
     writers = {side: Writer(out / side) for side in SIDES}
     sides = {side: {"documents": 0, "tokens": 0, "bytes": 0, "longest": 0} for side in SIDES}
     lengths: dict[str, Counter[int]] = {side: Counter() for side in SIDES}
     dropped = ungrouped = total = 0
-    for row in rows(source, group, sha):
+    for row in itertools.chain.from_iterable(rows(shard, source) for shard in found.shards):
+        if isinstance(row, Refused):
+            raise InputError(row.where, row.reason, "correct it, or drop the line")
+        text = row.fields.get("text")
+        if not isinstance(text, str):
+            fields = ", ".join(map(repr, row.fields)) or "none"
+            raise InputError(
+                f"{row.where}: fields {fields}", 'a row is an object with a string "text"', "add it, or drop the line"
+            )
         total += 1
-        if not row.text:
+        if not text:
             dropped += 1
             continue
-        ungrouped += row.group is None
-        side = SIDES[held_out(row.text if row.group is None else row.group, fraction)]
-        tokens = [*tokenizer.encode(row.text), END]
+        value = row.fields.get(group) if group is not None else None
+        ungrouped += value is None
+        side = SIDES[held_out(text if value is None else str(value), fraction)]
+        tokens = [*tokenizer.encode(text), END]
         writers[side].add(tokens)
         count = sides[side]
         count["documents"] += 1
         count["tokens"] += len(tokens)
-        count["bytes"] += len(row.text.encode())
+        count["bytes"] += len(text.encode())
         count["longest"] = max(count["longest"], len(tokens))
         lengths[side][1 << (len(tokens) - 1).bit_length()] += 1
     for writer in writers.values():
@@ -70,7 +93,7 @@ def prepare(source: Path, fraction: float, group: str | None, tokenizer: Tokeniz
                 "change the fraction, or the group, or give more rows",
             )
     manifest = {
-        "source": {"path": str(source), "sha256": sha.hexdigest(), "rows": total, "dropped_empty": dropped},
+        "source": {"path": str(source), "sha256": found.sha256, "rows": total, "dropped_empty": dropped},
         "vocabulary": {"sha256": tokenizer.digest, "size": len(tokenizer.table)},
         "holdout": {"fraction": fraction, "group": group, "rows_without_group": ungrouped},
         **{side: sides[side] | {"lengths": dict(sorted(lengths[side].items()))} for side in SIDES},
