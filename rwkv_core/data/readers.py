@@ -9,8 +9,10 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,16 +83,16 @@ def reading(where: str, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, packing: str) -> "Iterator[io.BufferedReader[Any]]":
+def opened(path: Path, packing: str) -> "Iterator[io.BufferedReader[Any] | gzip.GzipFile]":
     """The bytes of a file, unpacked where it is packed: "gz", "zst", or "" for not at all."""
     if packing == "zst":
         import pyarrow as pa
 
         with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
-            yield io.BufferedReader(stream, _BUFFER)
+            yield io.BufferedReader(stream, _BUFFER // 16)  # what is before the damage in it is lost
     elif packing:
-        with gzip.open(path) as unpacked, io.BufferedReader(unpacked, _BUFFER) as buffered:
-            yield buffered
+        with gzip.GzipFile(path) as unpacked:
+            yield unpacked
     else:
         with io.BufferedReader(path.open("rb", buffering=0), _BUFFER) as file:
             yield file
@@ -148,34 +150,45 @@ def _object(where: str, raw: bytes) -> Row | Refused:
         return Refused(where, f"can't be read: {error}", raw)
     except RecursionError:
         return Refused(where, _TOO_DEEP, raw)
-    fault = _fault(fields, b"\\u" in raw)
+    fault = _fault(fields)
     return Row(where, fields, raw) if fault is None else Refused(where, fault, raw)
 
 
 _TOO_DEEP = f"it is nested more than {_DEEPEST} deep: a row is a flat JSON object"
 
 
-def _fault(fields: Any, escapes: bool) -> str | None:
-    """Why a JSON value is no row, if it isn't. Only with escapes can it have halves of characters."""
-    if not isinstance(fields, dict):
-        return f"a {type(fields).__name__}: a row is an object"
-    if not _is_flat(fields, _DEEPEST):
+def _fault(fields: Any) -> str | None:
+    """Why a JSON value is no row, if it isn't."""
+    return (
+        _inner_fault(fields, _DEEPEST) if isinstance(fields, dict) else f"a {type(fields).__name__}: a row is an object"
+    )
+
+
+def _inner_fault(value: Any, depth: int) -> str | None:
+    """Why something inside an object or a list can't be: half of a character, or lists inside lists without end."""
+    if not depth:
         return _TOO_DEEP
-    for name, value in fields.items() if escapes else ():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for content, of in ((name, "a field's name"), (text, name)):
-            try:
-                content.encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(content[error.start]):04x} at character {error.start + 1} of {of}"
-                return f"{half}: half of a surrogate pair is no character"
+    for name, x in value.items() if isinstance(value, dict) else zip(itertools.repeat("a list"), value, strict=False):
+        fault = None
+        if not name.isascii():
+            fault = _half(name, "a name")
+        if isinstance(x, str):
+            if not x.isascii():
+                fault = fault or _half(x, name)
+        elif isinstance(x, dict | list):
+            fault = fault or _inner_fault(x, depth - 1)
+        if fault is not None:
+            return fault
     return None
 
 
-def _is_flat(value: Any, depth: int) -> bool:
-    """Whether no list or object in it is more than `depth` inside others."""
-    inner = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(_is_flat(x, depth - 1) for x in inner if isinstance(x, dict | list))
+def _half(text: str, of: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x} at character {error.start + 1} of {of}"
+        return f"{half}: half of a surrogate pair is no character"
+    return None
 
 
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -185,10 +198,12 @@ def array(path: Path, name: str, packing: str) -> Rows:
     """One array of objects, however it is laid out; `where` has the number of the element."""
     decode = json.JSONDecoder().raw_decode
     utf_8 = codecs.getincrementaldecoder("utf-8-sig")()
-    text, at, line, ended = "", 0, 1, False
+    text, at, ended = "", 0, False
+    line, column = 1, 0  # of what text begins with
 
     def where() -> str:
-        return f"{name}:{line + text.count(chr(10), 0, at)}:{at - text.rfind(chr(10), 0, at)}"
+        start = text.rfind("\n", 0, at) + 1
+        return f"{name}:{line + text.count(chr(10), 0, at)}:{at - start + 1 + (0 if start else column)}"
 
     with contextlib.ExitStack() as stack:
         with reading(name, "readable"):
@@ -196,10 +211,11 @@ def array(path: Path, name: str, packing: str) -> Rows:
 
         def more() -> None:
             """Forget what was read, and take in as much again as is left."""
-            nonlocal text, at, line, ended
+            nonlocal text, at, line, column, ended
             with reading(name, "UTF-8"):
                 data = file.read(max(_BUFFER, len(text) - at))
-                line += text.count("\n", 0, at)
+                start = text.rfind("\n", 0, at) + 1
+                line, column = line + text.count("\n", 0, at), at - start + (0 if start else column)
                 text, at, ended = text[at:] + utf_8.decode(data, final=not data), 0, not data
 
         def next_sign() -> str:
@@ -231,10 +247,9 @@ def array(path: Path, name: str, packing: str) -> Rows:
                         if end < len(text) or ended:  # else a number might go on
                             break
                     more()
-                part = text[at:end]
-                fault = _fault(value, "\\u" in part)
+                raw, of = text[at:end].encode(), f"{name}:{number}"
+                fault = _fault(value)
                 at = end
-                raw, of = part.encode(), f"{name}:{number}"
                 yield Row(of, value, raw) if fault is None else Refused(of, fault, raw)
                 sign = next_sign()
                 if sign == "]":
@@ -298,8 +313,7 @@ def table(path: Path, name: str, packing: str) -> Rows:
                 if fault is not None:
                     raise InputError(where, fault, "the first row must name the columns")
                 columns = cells
-                if len(set(columns)) < len(columns):
-                    raise InputError(f"{where}: {columns}", "two columns have one name", "rename one")
+                _columns_differ(columns, where)
                 continue
             if fault is None and len(cells) != len(columns):
                 fault = f"{len(cells)} columns: the header has {len(columns)}"
@@ -394,9 +408,10 @@ def _batches(path: Path, begin: int, end: int | None) -> Iterator[Any]:
                 yield batch
 
 
-def _columns_differ(names: list[str], name: str) -> None:
-    if len(set(names)) < len(names):
-        raise InputError(f"{name}: {names}", "two columns have one name", "rename one")
+def _columns_differ(names: list[str], where: str) -> None:
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise InputError(f"{where}: {name[:40]!r}", f"{times} columns have this name", "rename them")
 
 
 def _rows_of(batch: Any, name: str, first: int) -> Rows:

@@ -281,6 +281,8 @@ def _kind(path: Path, name: str, asked: str) -> str | None:
             head = unpacked.read1(_HEAD)
         ending = path.with_suffix("").suffix
     content = next((kind for magic, kind in _BY_CONTENT.items() if head.startswith(magic)), None)
+    if content == "binidx":
+        raise InputError(f"{name}: the index of a binidx", "it is named .idx, and its .bin is beside it", "name it so")
     if content is not None and (packing or asked not in ("auto", content)):
         raise InputError(
             f"{name}: {content}" + (f" inside .{packing}" if packing else ""),
@@ -349,8 +351,8 @@ def _looked_into(
     elif kind == "binidx":
         with readers.reading(name, "a binidx"):
             documents = Documents(path.with_suffix(""))
-        index = together[0].stat().st_size  # each shard reads the whole of it, which must not become most of the work
-        ranges = [(begin, end, begin + 1) for begin, end in _runs(documents.sizes, max(shard_bytes, 8 * index) // 2)]
+        full = max(shard_bytes, size // 64)  # each shard reads the whole index, which must not become most of the work
+        ranges = [(begin, end, begin + 1) for begin, end in _runs(documents.sizes, full // 2)]
     return File(name, size, sha.hexdigest(), kind, part, lines - 1 if kind == "jsonl" else None), ranges
 
 
