@@ -16,7 +16,7 @@ def prepare() -> None:
     params = load()
     data = params.data
     with whole_folder(stage.DATA) as out:
-        tokenizer = named(data.tokenizer)
+        tokenizer = named(data.tokenizer, data.special_tokens)
         manifest = prepare_data(data.source, data.holdout.fraction, data.holdout.group, tokenizer, out)
         write_json(out / "metrics.json", _metrics(manifest))
         with (out / "lengths.csv").open("w", newline="", encoding="utf-8") as file:
