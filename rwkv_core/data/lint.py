@@ -19,7 +19,7 @@ class Code(StrEnum):
     COLON_BLANK = "colon-blank"
     """None or more than one blank after a role's colon. A prompt ends at the colon, and an answer begins with one blank."""
     DOUBLED_ROLE = "doubled-role"
-    """A turn that begins with a role of its own, "User: User: ..."."""
+    """A turn that begins with another role, "User: User: ..."."""
     MISSING_ANSWER = "missing-answer"
     """The conversation ends with a turn that nobody answers."""
     EMPTY_ANSWER = "empty-answer"
@@ -29,7 +29,7 @@ class Code(StrEnum):
     BLANK_LINE = "blank-line"
     """A blank line inside a turn. Clients that stop at blank lines end the answer there; G1 models can bear it."""
     UNREACHABLE_STOP = "unreachable-stop"
-    r"""A turn whose blank line is not the token "\n\n", at which llama.cpp stops: after 。 it is not, for "。\n" is a token."""
+    r"""An answer whose blank line is not the token "\n\n", at which llama.cpp stops: after 。 it is two, "。\n" being one."""
     CARRIAGE_RETURN = "carriage-return"
     r"""\r: line ends of Windows. The model learns to write them."""
     CONTROL = "control"
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
 
 _WORDS = "|".join(role for role in ROLES if len(role) > 2)  # "Q：" and "A：" are usual in Chinese articles
 _FULL_WIDTH = re.compile(rf"(?:\A|\n)(?:{_WORDS})：")
-_DOUBLED = re.compile(rf"\s*(?:{_WORDS})[:：]")
+_DOUBLED = re.compile(r"\s*(?:System|User|Human|Assistant|Bot)[:：]")  # others head good answers: "Input: a number"
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 _CONTROLS = bytes(byte for byte in (*range(32), 127) if byte not in b"\t\n\r")
@@ -63,7 +63,7 @@ _ON = "\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™
 # Two such characters may meet in good text, as in «AMANHû, so a small letter must stand beside them, or a sign that no word
 # has after Â; three pairs, or two triples, in a row do not. Characters 80 to 9F are control characters that nobody means.
 _MOJIBAKE = re.compile(
-    rf"\ufffd|锟斤拷|[\u0080-\u009f]|â€|â„¢|ï»¿|ðŸ|(?<=[a-z])Ã[{_ON}]|Ã(?!\u00a0)[{_ON}](?=[a-z])"
+    rf"\ufffd|锟斤拷|[\u0080-\u009f]|â€|â„¢|â‚¬|ï»¿|ðŸ|(?<=[a-z])Ã[{_ON}]|Ã(?!\u00a0)[{_ON}](?=[a-z])|Ã\u00a0(?= )"
     rf"|Â[£§©®°±²³µ·º¼½¾]|(?<=[a-z0-9.,])Â\u00a0|(?:[Â-ß][{_ON}]){{3}}|(?:[à-ï][{_ON}]{{2}}){{2}}"
 )
 
@@ -100,6 +100,7 @@ def lint(text: str, tokenizer: Tokenizer) -> list[Finding]:
         find(Code.CARRIAGE_RETURN, text.index("\r"), r"write line ends as \n")
     if "<|endoftext|>" in text:
         find(Code.END_TEXT, text.index("<|endoftext|>"), "take it out: each row ends a document")
+    said = turns(text)
     data = text.encode("utf-8", errors="surrogateescape")
     if len(data.translate(None, _CONTROLS)) < len(data) and (control := _CONTROL.search(text)):
         find(Code.CONTROL, control.start(), "take the control character out")
@@ -109,7 +110,7 @@ def lint(text: str, tokenizer: Tokenizer) -> list[Finding]:
         if "：" in text and (wide := _FULL_WIDTH.search(text)):
             at = wide.start() + wide[0].startswith("\n")
             find(Code.FULL_WIDTH_COLON, at, 'write ":" and one blank after the role')
-    said = turns(text)
+            said = []  # which turns there are can't be told
     if begins_with_a_turn(text, said):
         _lint_turns(text, said, tokenizer, find)
     return sorted(found, key=lambda finding: finding.at)
@@ -132,7 +133,12 @@ def _lint_turns(text: str, said: Sequence[Turn], tokenizer: Tokenizer, find: Cal
             find(Code.BLANK_LINE, begin + blank.start(), 'make it one line end, as blank_lines = "collapse" does')
         if turn.answers and "<think" in content and "</think>" not in content:
             find(Code.UNCLOSED_THOUGHT, begin + content.index("<think"), "write </think> where the thought ends")
-        if turn.stop < len(text) and swallowed is not None and not _reachable(text, turn, tokenizer, swallowed):
+        if (
+            turn.answers
+            and turn.stop < len(text)
+            and swallowed is not None
+            and not _reachable(text, turn, tokenizer, swallowed)
+        ):
             find(
                 Code.UNREACHABLE_STOP,
                 end - 1,
@@ -157,8 +163,10 @@ def _swallowed(tokenizer: Tokenizer) -> Mapping[str, frozenset[str] | None] | No
 
 
 def _reachable(text: str, turn: Turn, tokenizer: Tokenizer, swallowed: Mapping[str, frozenset[str] | None]) -> bool:
-    r"""Whether the blank line after the turn is the token "\n\n"."""
+    r"""Whether the blank line after the turn is the token "\n\n", or would be but for carriage returns."""
     end = turn.end
+    if "\r" in text[end - 1 : turn.stop]:
+        return True  # a fault of its own
     if turn.stop - end != 2:  # "\n\n\n", or blanks between
         return False
     if text[end - 1] not in swallowed:

@@ -5,6 +5,7 @@ World has 36 tokens that begin with a colon and go on, so "Assistant:**" has no 
 """
 
 import functools
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,7 +37,7 @@ def learned_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, learn
         learned: spans of its characters; None: all.
 
     Raises:
-        Unusable: the tokens are not those of the text.
+        Unusable: the tokens are not those of the text, or the tokenizer makes one character of two of which one is learned.
     """
     if learned is None:
         return Mask(np.ones(len(tokens), np.bool_), 0)
@@ -62,12 +63,12 @@ def _in_bytes(text: str, points: Sequence[int], normalizes: bool) -> tuple[list[
     """Where in a text's bytes its characters `points` begin, ascending; and how many bytes there are."""
     if text.isascii():
         return list(points), len(text)
-    normal = normalizes and not unicodedata.is_normalized("NFC", text)
-    found, at, length = list[int](), 0, 0
-    for point in (*points, len(text)):
-        # A combining character right behind a span's edge could join the one before it. The sum of the bytes then shows it.
-        piece = unicodedata.normalize("NFC", text[at:point]) if normal else text[at:point]
-        length += len(piece.encode("utf-8", errors="surrogateescape"))
-        found.append(length)
-        at = point
-    return found[:-1], length
+    pieces = [text[a:b] for a, b in itertools.pairwise((0, *points, len(text)))]
+    if normalizes and not unicodedata.is_normalized("NFC", text):
+        pieces = [unicodedata.normalize("NFC", piece) for piece in pieces]
+        if "".join(pieces) != unicodedata.normalize("NFC", text):
+            raise Unusable(
+                f"{text[:20]!r}...: half of a character is learned: a combining one stands at the edge of a span"
+            )
+    found = list(itertools.accumulate(len(piece.encode("utf-8", errors="surrogateescape")) for piece in pieces))
+    return found[:-1], found[-1]
