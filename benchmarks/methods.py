@@ -112,8 +112,9 @@ def held_out(path: Path, state: Path) -> float:
     """Mean loss of a merged model after its state, if there is one."""
     params = load()
     model = models.load(path, dtype=torch.float32, op=params.model.op).eval()
+    tokenizer = named(params.data.tokenizer, params.data.special_tokens)
     scores = evaluate.score(
-        model, Documents(stage.DATA / "valid"), named(params.data.tokenizer), ctx_len=params.evaluate.ctx_len,
+        model, Documents(stage.DATA / "valid"), tokenizer, ctx_len=params.evaluate.ctx_len,
         batch=params.evaluate.batch, state=checkpoint.read(state) if state.exists() else None, skip_first=True,
     )  # fmt: skip
     return scores.loss()

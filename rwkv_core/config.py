@@ -34,6 +34,13 @@ class HoldoutConfig(Config):
     """What becomes of training documents that do: they are counted, or left out too."""
 
 
+Column = Literal[
+    "text", "messages", "conversations", "system", "tools", "instruction", "input", "output", "prompt", "completion",
+    "question", "answer", "weight",
+]  # fmt: skip
+"""The fields of a row that are known, see `rwkv_core.data.dialogue.read`."""
+
+
 class PartConfig(Config):
     """Some files of the source, and how they are read: the first part whose pattern a file matches has it."""
 
@@ -48,8 +55,8 @@ class PartConfig(Config):
     ]
     """What they are. auto: by name and content. utf-8, utf-16le, numpy, uint16: each file is one document."""
 
-    columns: dict[str, str]
-    """What columns are called whose names are not known: {prompt: frage, completion: antwort}. Usually {}."""
+    columns: dict[Column, str]
+    """What the file calls the fields that are known: {prompt: frage, completion: antwort}. Usually {}."""
 
     blank_lines: Literal["collapse", "keep"]
     """Blank lines inside a turn: one would end it, so they become single line ends; or are kept, as G1 models can bear."""
@@ -70,6 +77,8 @@ class PartConfig(Config):
     def _marks_belong_to_se(self) -> Self:
         if (self.mask == "se") != (self.marks is not None):
             raise ValueError(f"marks are what mask = se goes by; mask is {self.mask} and marks {self.marks}")
+        if self.marks is not None and self.marks[0] == self.marks[1]:
+            raise ValueError(f"marks are two, but both are {self.marks[0]!r}")
         return self
 
 

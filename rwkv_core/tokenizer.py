@@ -13,8 +13,9 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rwkv_core.errors import InputError, WorldError
@@ -23,7 +24,10 @@ END = 0
 """Token after each document, and before the first."""
 
 VOCAB_SIZE = 65536
-"""Rows of a World model's embedding; ids above 65529 are free."""
+"""Rows of a World model's embedding."""
+
+FIRST_FREE = 65530
+"""The first of the ids that World has no bytes for, up to the last."""
 
 _PILE_SIZES = range(50277, 50433)  # 50277 ids; some models' rows are filled up to a multiple of 128
 
@@ -42,11 +46,13 @@ _PROBES = (
 class Tokenizer:
     """Text to ids and back."""
 
-    def __init__(self, table: Sequence[bytes], encode: Callable[[str], list[int]]) -> None:
+    def __init__(self, table: Sequence[bytes], encode: Callable[[str], list[int]], *, normalizes: bool = False) -> None:
         self.table = table
         """Bytes of each id, empty for 0 and for the free ids."""
         self.encode = encode
         """Text -> ids. A whole document at a time: cut text has other tokens at the cuts."""
+        self.normalizes = normalizes
+        """Whether text is brought into Unicode's form NFC before it is encoded, and so decodes to that."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the ids, one after the other; they may end inside a character."""
@@ -60,6 +66,46 @@ class Tokenizer:
     def digest(self) -> str:
         """SHA-256 of the table, whatever the line ends of the file it came from."""
         return digest(self.table)
+
+    def with_special(self, special: Mapping[str, int]) -> "Tokenizer":
+        """This tokenizer with texts that are one token each: World's free ids.
+
+        Text is cut where a special one stands, from the left, at the longest of those that begin there; what is between is
+        encoded as ever, each piece by itself.
+
+        Raises:
+            InputError: this is not the World tokenizer; or a text is empty or a token already, or an id is not free.
+        """
+        if not special:
+            return self
+        shown = ", ".join(f"{text!r}: {i}" for text, i in special.items())
+        if self.digest != _DIGEST:
+            raise InputError(
+                f"special_tokens {{{shown}}}", "only the World vocabulary has free ids", "set none, or take world"
+            )
+        table = list(self.table)
+        for text, i in special.items():
+            if not text or text.encode() in self.table:
+                raise InputError(f"special token {text!r}", "must be a text that is no token yet", "choose another")
+            if not FIRST_FREE <= i < VOCAB_SIZE or table[i]:
+                raise InputError(
+                    f"special token {text!r}: {i}",
+                    f"free are {FIRST_FREE} to {VOCAB_SIZE - 1}, each once",
+                    "choose another",
+                )
+            table[i] = text.encode()
+        pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))  # the longest first
+        plain = self.encode
+
+        def encode(text: str) -> list[int]:
+            ids, at = list[int](), 0
+            for match in pattern.finditer(text):
+                ids += plain(text[at : match.start()])
+                ids.append(special[match[0]])
+                at = match.end()
+            return [*ids, *plain(text[at:])] if at else plain(text)
+
+        return Tokenizer(tuple(table), encode)
 
 
 def digest(table: Sequence[bytes]) -> str:
@@ -173,22 +219,32 @@ def pile(file: Path) -> Tokenizer:
         raise InputError(f"{file}: {token!r}", "is no token of a byte-level BPE", "give 20B_tokenizer.json") from None
     for i, special in added.items():
         table[i] = b"" if special.special else special.content.encode()
-    tokenizer = Tokenizer(tuple(table), lambda text: bpe.encode(text, add_special_tokens=False).ids)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = bpe.encode(text, add_special_tokens=False).ids
+        return ids
+
+    normalizes = encode("e\u0301") == encode("\u00e9")
+    tokenizer = Tokenizer(tuple(table), encode, normalizes=normalizes)
     for probe in _PROBES:
-        if tokenizer.decode(tokenizer.encode(probe)) not in (probe, unicodedata.normalize("NFC", probe)):
+        if tokenizer.decode(tokenizer.encode(probe)) != (unicodedata.normalize("NFC", probe) if normalizes else probe):
             raise InputError(f"{file}: {probe[:20]!r}...", "does not decode to itself", "give 20B_tokenizer.json")
     return tokenizer
 
 
-def named(name: str) -> Tokenizer:
-    """The tokenizer that a setting names: "world", "bytes", or the path of a `tokenizers` file; errors as of each."""
+def named(name: str, special: Mapping[str, int] | None = None) -> Tokenizer:
+    """The tokenizer that a setting names, with special tokens: "world", "bytes", or the path of a `tokenizers` file.
+
+    Errors are those of each, and of `with_special`.
+    """
     match name:
         case "world":
-            return world()
+            tokenizer = world()
         case "bytes":
-            return bytes_tokenizer()
+            tokenizer = bytes_tokenizer()
         case _:
-            return pile(Path(name))
+            tokenizer = pile(Path(name))
+    return tokenizer.with_special(special or {})
 
 
 def for_vocabulary(size: int, file: Path | None = None) -> Tokenizer:
@@ -212,7 +268,7 @@ def for_vocabulary(size: int, file: Path | None = None) -> Tokenizer:
                 f"{file} has {len(tokenizer.table)} tokens", f"the model has {size}", "give the tokenizer of this model"
             )
         free = [b""] * (size - len(tokenizer.table))  # rows that fill the embedding up
-        return Tokenizer((*tokenizer.table, *free), tokenizer.encode)
+        return Tokenizer((*tokenizer.table, *free), tokenizer.encode, normalizes=tokenizer.normalizes)
     if size in (0, VOCAB_SIZE):
         return world()
     if size == 256:

@@ -25,7 +25,8 @@ from tasks.params import Params, load
 def evaluate() -> None:
     """Base, outputs/merged and outputs/data -> outputs/evaluate: report.html and all that is in it."""
     params = load()
-    settings, documents, tokenizer = params.evaluate, Documents(stage.DATA / "valid"), named(params.data.tokenizer)
+    settings, documents = params.evaluate, Documents(stage.DATA / "valid")
+    tokenizer = named(params.data.tokenizer, params.data.special_tokens)
     prompts = [
         *settings.samples.prompts,
         *evaluation.held_out_prompts(documents, tokenizer, settings.samples.held_out),

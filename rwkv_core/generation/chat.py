@@ -1,6 +1,5 @@
 """A conversation in RWKV World's convention: "User: ...", "Assistant: ...", a blank line between turns and none inside one."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file
 from rwkv_core.adapters.state import give
 from rwkv_core.checkpoint import DTYPES, Dtype
+from rwkv_core.data.dialogue import one_turn
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import sha256
 from rwkv_core.generation.sampling import Sampling
@@ -112,11 +112,6 @@ class Chat:
                 self._turns = [*turns, (message, piece.whole.text.strip())]
             if shown:
                 yield shown
-
-
-def one_turn(text: str) -> str:
-    """Text as a turn has it: Unix line ends, no blank lines, no blanks around it."""
-    return re.sub(r"\n\s*\n", "\n", text.replace("\r\n", "\n")).strip()
 
 
 def open_chat(

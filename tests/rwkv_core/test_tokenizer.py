@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import rwkv
 import tokenizers
+from byte_level_bpe import bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from rwkv_core import tokenizer
 from rwkv_core.errors import InputError, WorldError
@@ -134,21 +135,6 @@ def test_byte_0_is_the_end():
     assert bytes_tokenizer().decode([72, END, 105]) == "Hi"
     with pytest.raises(InputError, match=r"U\+0000 at character 2: 0 is the end of a document; remove it"):
         bytes_tokenizer().encode("Hi\0")
-
-
-def bpe(file, **changes):
-    """A byte-level BPE in the form of 20B_tokenizer.json, with three merges and a token for three blanks."""
-    names = ["<|endoftext|>", "<|padding|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "he", "Ġthe"]
-    names = changes.get("names", names)
-    vocabulary = {name: i for i, name in enumerate(names)}
-    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t"), ("h", "e"), ("Ġt", "he")]))
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=changes.get("prefix", False))
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in names if name.startswith("<|")])
-    made.add_tokens([AddedToken("   ", normalized=True)])
-    made.save(str(file))
-    return file
 
 
 @pytest.fixture(scope="module")
