@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rwkv_core import processes
 from rwkv_core.config import DataConfig
-from rwkv_core.data.join import SIDES
+from rwkv_core.data.binidx import SIDES
 from rwkv_core.data.prepare import prepare as prepare_data
 from rwkv_core.errors import WorldError
 from tasks import stage
@@ -59,7 +59,7 @@ def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
     from distributed import Client
 
     try:
-        client = Client(data.cluster, timeout=10)
+        client = Client(data.cluster, timeout=10)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise WorldError(
             f"data.cluster = {data.cluster}", f"no Dask scheduler answers ({error})", "start it, or correct the address"

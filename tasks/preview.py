@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_core.data import preview as page
-from rwkv_core.data.binidx import Documents
-from rwkv_core.data.join import SIDES
+from rwkv_core.data.binidx import SIDES, Documents
 from rwkv_core.files import whole_folder, write_json
 from rwkv_core.tokenizer import named
 from tasks import stage

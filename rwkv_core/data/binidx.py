@@ -34,6 +34,9 @@ _PIECE = 1 << 18  # numbers that are in memory at a time; eight divide it, for t
 _SAMPLE = 64  # documents that are looked at when a file is opened
 _LONGEST = 2**31 - 1
 
+SIDES = ("train", "valid")
+"""Names of the two binidx that a preparation makes."""
+
 Tokens = npt.NDArray[np.integer[Any]]
 Learned = npt.NDArray[np.bool_]
 

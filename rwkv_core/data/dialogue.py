@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rwkv_core.config import Column, PartConfig
-from rwkv_core.data.source import Unusable
+from rwkv_core.data.source import Empty, Unusable
 
 Spans = tuple[tuple[int, int], ...]
 """Stretches of a text, each from a character to before another; ascending, none touching the next."""
@@ -112,7 +112,7 @@ def read(fields: Mapping[str, Any], part: PartConfig) -> Text:
     else:
         text, silent = _formatted(_turns_of(row, form), part)
     if not text.strip():
-        raise Unusable("the text is empty: nothing can be learned from it")
+        raise Empty("the text is empty: nothing can be learned from it")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -14,16 +14,12 @@ import numpy.typing as npt
 
 from rwkv_core.config import DataConfig
 from rwkv_core.data import near
-from rwkv_core.data.binidx import Documents, concatenate
+from rwkv_core.data.binidx import SIDES, Documents, Tokens, concatenate
+from rwkv_core.data.mask import byte_lengths
 from rwkv_core.data.source import Plan
 from rwkv_core.errors import InputError
 from rwkv_core.files import write_json
 from rwkv_core.tokenizer import Tokenizer
-
-SIDES = ("train", "valid")
-
-EMPTY = "has no text"
-"""Why a row is left out that is not counted as refused."""
 
 
 def beside(prefix: Path, what: str) -> Path:
@@ -34,7 +30,9 @@ def beside(prefix: Path, what: str) -> Path:
 def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """The shards as one, and what there is to tell about them."""
     facts = [json.loads((folder / "facts.json").read_text(encoding="utf-8")) for folder in folders]
-    total = {name: sum(fact[name] for fact in facts) for name in ("rows", "refused", "empty", "ungrouped")}
+    total = {
+        name: sum(fact[name] for fact in facts) for name in ("rows", "refused", "empty", "ungrouped", "straddling")
+    }
     lints = sum((Counter(fact["lints"]) for fact in facts), Counter[str]())
     _join_text(out / "refused.jsonl", "", [folder / "refused.jsonl" for folder in folders])
     _join_text(out / "lints.csv", "code,where,character,message\n", [folder / "lints.csv" for folder in folders])
@@ -82,6 +80,7 @@ def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folders: Sequence[P
             "leaks": leaks,
             "leaks_dropped": leaks if keep is not None else 0,
         },
+        "straddling_tokens": total["straddling"],
         "lints": {code: count for code, count in sorted(lints.items()) if count},
         **sides,
     }
@@ -116,7 +115,7 @@ def _check_refused(data: DataConfig, rows: int, refused: int, listed: Path) -> N
     if refused > data.refused * rows:
         with listed.open(encoding="utf-8") as file:
             lines = (json.loads(line) for line in file)
-            told = [f"{line['where']}: {line['reason']}" for line in lines if line["reason"] != EMPTY][:5]
+            told = [f"{line['where']}: {line['reason']}" for line in lines if not line["empty"]][:5]
         raise InputError(
             f"{data.source}: {refused} of {rows} rows can't be used, first {'; '.join(told)}",
             f"data.refused = {data.refused:g} lets at most {int(data.refused * rows)} be left out",
@@ -141,19 +140,32 @@ def _tell_duplicates(folders: Sequence[Path], table: Any) -> int:
 
 def _tell_leaks(folders: Sequence[Path], similarity: float, table: Any) -> list[npt.NDArray[np.bool_]]:
     """Of each shard's training documents, which are nearly one that is held out."""
-    held = [np.load(beside(folder / "valid", "near")) for folder in folders]
-    starts = np.cumsum([0, *map(len, held)])
-    index = near.Index(np.concatenate(held))
-    train, valid = ([(folder, side) for folder in folders] for side in SIDES)
-    names, held_names = _Names(train), _Names(valid)
+    signatures = [np.load(beside(folder / "valid", "near")) for folder in folders]
+    starts = np.cumsum([0, *map(len, signatures)])
+    index = near.Index(np.concatenate(signatures))
+    del signatures
+    names, held_names = (_Names([(folder, side) for folder in folders]) for side in SIDES)
+    opened = functools.lru_cache(maxsize=16)(lambda shard: Documents(folders[shard] / "valid"))
+
+    def place(document: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(starts, document, "right")) - 1
+        return shard, document - int(starts[shard])
+
+    def held_out_tokens(document: int) -> Tokens:
+        shard, i = place(document)
+        return opened(shard)[i][:-1]
+
     leaking = []
     for shard, folder in enumerate(folders):
-        found, likeness = index.best(np.load(beside(folder / "train", "near")))
-        leaking.append(likeness >= similarity)
-        for i in np.flatnonzero(leaking[-1]):
-            at = int(np.searchsorted(starts, found[i], "right")) - 1
-            of = held_names.get(at, int(found[i] - starts[at]))
-            table.writerow(("leak", names.get(shard, int(i)), 1, f"held out is {of}, and {likeness[i]:.0%} alike"))
+        documents = Documents(folder / "train")
+        leaky = np.zeros(len(documents), bool)
+        for i, signature in enumerate(np.load(beside(folder / "train", "near"))):
+            found = index.nearest(documents[i][:-1], signature, held_out_tokens, similarity)
+            if found is not None:
+                leaky[i] = True
+                of = held_names.get(*place(found[0]))
+                table.writerow(("leak", names.get(shard, i), 1, f"{of} is held out, and {found[1]:.0%} the same"))
+        leaking.append(leaky)
     return leaking
 
 
@@ -177,7 +189,7 @@ def _take_away(facts: dict[str, Any], documents: Documents, kept: npt.NDArray[np
     """Leave the documents that are not kept out of a shard's facts."""
     if kept.all():
         return
-    widths = np.array([len(entry) for entry in tokenizer.table])
+    widths = byte_lengths(tokenizer)
     for i in np.flatnonzero(~kept):
         tokens = documents[int(i)]
         facts["documents"] -= 1

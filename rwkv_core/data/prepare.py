@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from rwkv_core.config import DataConfig
+from rwkv_core.config import DataConfig, PartConfig
 from rwkv_core.data import near, source
-from rwkv_core.data.binidx import Writer
+from rwkv_core.data.binidx import SIDES, Tokens, Writer
 from rwkv_core.data.dialogue import Text, read, spans
-from rwkv_core.data.join import EMPTY, SIDES, beside, join
+from rwkv_core.data.join import beside, join
 from rwkv_core.data.lint import Finding, lint
 from rwkv_core.data.mask import learned_tokens
-from rwkv_core.data.source import Refused, Row, Shard, Unusable
+from rwkv_core.data.source import Empty, Refused, Row, Shard, Unusable
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_folder, write_json
 from rwkv_core.tokenizer import END, Tokenizer, named
@@ -139,7 +139,7 @@ class _Side:
         self.facts: dict[str, int] = {"documents": 0, "tokens": 0, "learned": 0, "bytes": 0, "longest": 0}
         self.lengths: Counter[int] = Counter()
         self.keys = list[bytes]()
-        self.signatures = list[npt.NDArray[np.uint32]]()
+        self.signatures = list[near.Signature]()
         self.where = list[str]()
         self._near = data.holdout.near_duplicates is not None
         self._prefix = folder / side
@@ -151,7 +151,7 @@ class _Side:
         facts["documents"] += 1
         facts["tokens"] += count
         facts["learned"] += count if document.learned is None else int(np.count_nonzero(document.learned))
-        facts["bytes"] += document.bytes
+        facts["bytes"] += len(document.text)
         facts["longest"] = max(facts["longest"], count)
         self.lengths[1 << (count - 1).bit_length()] += 1
         self.keys.append(key)
@@ -164,7 +164,7 @@ class _Side:
         self.writer.close()
         np.save(beside(self._prefix, "keys"), np.frombuffer(b"".join(self.keys), "<u8"))
         if self._near:
-            signatures = np.stack(self.signatures) if self.signatures else np.zeros((0, near.SIZE), np.uint32)
+            signatures = np.stack(self.signatures) if self.signatures else np.zeros((0, near.HASHES), np.uint16)
             np.save(beside(self._prefix, "near"), signatures)
         beside(self._prefix, "where").write_text(json.dumps(self.where, ensure_ascii=False), encoding="utf-8")
         return self.facts | {"lengths": self.lengths}
@@ -178,10 +178,10 @@ class _Document(NamedTuple):
     learned: npt.NDArray[np.bool_] | None
     """(T,); None: all."""
     weight: float
-    bytes: int
-    """Of its text."""
-    name: bytes
-    """What it is grouped by where no field says it, and known again by: its text."""
+    text: bytes
+    """What it is grouped by where no field says it, and known again by."""
+    straddling: int
+    """Tokens in which what is learned begins or ends."""
     findings: Sequence[Finding]
 
 
@@ -189,7 +189,8 @@ def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
     """Make one shard, whole or not at all."""
     tokenizer = named(data.tokenizer, data.special_tokens)
     part, holdout = data.parts[shard.part], data.holdout
-    total = refused = empty = ungrouped = 0
+    counts = Counter(rows=0, refused=0, empty=0, ungrouped=0, straddling=0)
+    lints: Counter[str] = Counter()
     with (
         whole_folder(folder) as out,
         (out / "refused.jsonl").open("w", encoding="utf-8") as refusals,
@@ -197,72 +198,79 @@ def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
     ):
         sides = {side: _Side(out, side, data) for side in SIDES}
         table = csv.writer(findings)
-        counts: Counter[str] = Counter()
         for row in source.rows(shard, data.source):
-            total += 1
-            outcome = row if isinstance(row, Refused) else _document(row, data, shard.part, tokenizer)
-            if isinstance(outcome, Refused):
-                if outcome.reason == EMPTY:
-                    empty += 1
-                elif not data.refused:
+            counts["rows"] += 1
+            empty = False
+            if not isinstance(row, Refused):
+                try:
+                    document = _document(row, part, tokenizer)
+                except Unusable as reason:
+                    empty = isinstance(reason, Empty)
+                    row = Refused(row.where, str(reason), row.raw)
+            if isinstance(row, Refused):
+                if not empty and not data.refused:
                     raise InputError(
-                        f"{outcome.where}: {outcome.reason}",
+                        f"{row.where}: {row.reason}",
                         "data.refused = 0 lets no row be left out",
                         "correct the row, or let data.refused be above 0: such rows are then listed in refused.jsonl",
                     )
-                else:
-                    refused += 1
-                refusals.write(_told(outcome))
+                counts["empty" if empty else "refused"] += 1
+                refusals.write(_told(row, empty))
                 continue
             value = row.fields.get(holdout.group) if holdout.group is not None else None
-            ungrouped += value is None
-            name = outcome.name if value is None else str(value).encode("utf-8", "surrogateescape")
-            digest = hashlib.sha256(name).digest()
-            side = sides[SIDES[_held_out(digest, holdout.fraction)]]
-            side.add(outcome, (digest if value is None else hashlib.sha256(outcome.name).digest())[:8], row.where)
-            for finding in outcome.findings:
-                counts[finding.code] += 1
+            counts["ungrouped"] += value is None
+            counts["straddling"] += document.straddling
+            key = digest = hashlib.sha256(document.text).digest()
+            if value is not None:
+                digest = hashlib.sha256(str(value).encode("utf-8", "surrogateescape")).digest()
+            sides[SIDES[_held_out(digest, holdout.fraction)]].add(document, key[:8], row.where)
+            for finding in document.findings:
+                lints[finding.code] += 1
                 table.writerow((finding.code, row.where, finding.at + 1, finding.message))
         facts = {side: sides[side].close() for side in SIDES}
-        about = {"part": part.name, "rows": total, "refused": refused, "empty": empty, "ungrouped": ungrouped}
-        write_json(out / "facts.json", {**about, "lints": counts, **facts})
+        write_json(out / "facts.json", {"part": part.name, **counts, "lints": lints, **facts})
 
 
-def _document(row: Row, data: DataConfig, part_index: int, tokenizer: Tokenizer) -> "_Document | Refused":
-    part = data.parts[part_index]
-    try:
-        given = row.fields.get("tokens")
-        if isinstance(given, np.ndarray):
-            if not len(given):
-                return Refused(row.where, EMPTY, row.raw)
-            ids = given
-            if int(given.min()) < 0 or int(given.max()) >= len(tokenizer.table):
-                raise Unusable(f"token {given.min()} to {given.max()}: the tokenizer has {len(tokenizer.table)}")
-            raw = tokenizer.decode_bytes(given.tolist())
-            text = raw.decode("utf-8", "surrogateescape")
-            content = Text(text, spans(text, part), part.weight)
-            findings: Sequence[Finding] = ()
-        else:
-            content = read(row.fields, part)
-            if not content.text:
-                return Refused(row.where, EMPTY, row.raw)
-            raw = content.text.encode()
-            ids = tokenizer.encode(content.text)
-            findings = lint(row.fields, content, part)
-    except Unusable as reason:
-        return Refused(row.where, str(reason), row.raw)
+def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":
+    """A row in tokens.
+
+    Raises:
+        Unusable: nothing can be learned from it.
+    """
+    ids: Sequence[int] | Tokens
+    given = row.fields.get("tokens")
+    if isinstance(given, np.ndarray):
+        ids = given
+        most = int(given.max(initial=0))
+        if most >= len(tokenizer.table):
+            raise Unusable(f"token {most}: the tokenizer has {len(tokenizer.table)}")
+        raw = tokenizer.decode_bytes(given.tolist())
+        text = raw.decode("utf-8", "surrogateescape")
+        if not text:
+            raise Empty("there are no tokens")
+        content = Text(text, spans(text, part), part.weight)
+    else:
+        content = read(row.fields, part)
+        raw = content.text.encode()
+        ids = tokenizer.encode(content.text)
+    findings = lint(content.text, tokenizer)
     tokens = np.empty(len(ids) + 1, np.uint16)
     tokens[:-1], tokens[-1] = ids, END
-    learned = None
+    learned, straddling = None, 0
     if content.learned is not None:
         learned = np.ones(len(tokens), bool)  # that the document ends is always learned
-        learned[:-1] = learned_tokens(tokenizer, tokens[:-1], content.text, content.learned)
-    return _Document(tokens, learned, content.weight, len(raw), raw, findings)
+        learned[:-1], straddling = learned_tokens(tokenizer, ids, content.text, content.learned)
+    return _Document(tokens, learned, content.weight, raw, straddling, findings)
 
 
-def _told(refused: Refused) -> str:
+def _told(refused: Refused, empty: bool) -> str:
     """A line of refused.jsonl. Bytes that are no UTF-8 stand in it as lone surrogates, so that the row can be had back."""
-    line = {"where": refused.where, "reason": refused.reason, "row": refused.raw.decode("utf-8", "surrogateescape")}
+    line = {
+        "where": refused.where,
+        "reason": refused.reason,
+        "empty": empty,
+        "row": refused.raw.decode("utf-8", "surrogateescape"),
+    }
     text = json.dumps(line, ensure_ascii=False)
     try:
         text.encode()

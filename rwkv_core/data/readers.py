@@ -40,6 +40,10 @@ class Unusable(ValueError):
     """A row that nothing can be learned from; the message says why: value: rule."""
 
 
+class Empty(Unusable):
+    """A row without text. It is left out, and is no fault."""
+
+
 class Refused(NamedTuple):
     """A row that was left out."""
 

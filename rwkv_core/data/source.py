@@ -20,10 +20,10 @@ import numpy.typing as npt
 from rwkv_core.config import PartConfig
 from rwkv_core.data import readers
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.readers import Refused, Row, Unusable
+from rwkv_core.data.readers import Empty, Refused, Row, Unusable
 from rwkv_core.errors import InputError
 
-__all__ = ["File", "Plan", "Refused", "Row", "Shard", "Unusable", "plan", "rows"]
+__all__ = ["Empty", "File", "Plan", "Refused", "Row", "Shard", "Unusable", "plan", "rows"]
 
 
 class File(NamedTuple):

@@ -164,7 +164,7 @@ def test_refused_rows_are_listed_and_with_the_others_they_are_the_file(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text("utf-8").splitlines()]
     assert [line["where"].split(":")[1] for line in lines] == ["21", "22", "23", "24", "25"]
     raw = [line["row"].encode("utf-8", "surrogateescape") for line in lines]
-    assert raw == [*BROKEN.splitlines(), b'{"text": ""}']
+    assert raw == [*BROKEN.splitlines(keepends=True), b'{"text": ""}\n']
     assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "valid")) == sorted(rows)
 
 
