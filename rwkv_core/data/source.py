@@ -83,8 +83,8 @@ _BY_CONTENT = {
     b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"\x93NUMPY": "numpy", b"MMIDIDX": "binidx",
 }  # fmt: skip
 
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "hub.json", "cache-*.arrow")
-"""What lies beside data that `datasets` or `rwkvflow data fetch` has written, and looks like data."""
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache-*.arrow")
+"""What `datasets` writes beside data, and looks like data."""
 
 _PAIRS = {".idx": ".bin", ".bin": ".idx"}
 _TOKEN_PAIRS = ("auto", "binidx")  # kinds that read them

@@ -418,7 +418,7 @@ class TestWhichFiles:
         about = {
             "LICENSE": b"All rights", "README.md": b"# Read", "x.xlsx": b"PK\x03\x04", "y.bin": b"", "z.tar": b"\x00" * 512,
             "dataset_infos.json": b"{}", "dataset_dict.json": b'{"splits": ["train"]}', "train/dataset_info.json": b"{}",
-            "train/state.json": b"{}", "train/cache-5f.arrow": b"", "hub.json": b"{}", "config.json": b'{\n "a": 1}',
+            "train/state.json": b"{}", "train/cache-5f.arrow": b"", "config.json": b'{\n "a": 1}',
             "empty": b"", "p.gz": gzip.compress(b"?"),
         }  # fmt: skip
         passed_over = {".gitignore": b"/a", ".git/a.jsonl": b"{}", "a.jsonl.dvc": b"outs:", "chat/.x.jsonl": b"{}"}
