@@ -60,7 +60,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def answer(self, status, body, headers=None):
         self.send_response(status)
