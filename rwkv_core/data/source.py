@@ -5,11 +5,13 @@ after the other they are the source. What is named wrongly is an error before th
 """
 
 import codecs
+import contextlib
 import fnmatch
 import hashlib
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,8 +85,8 @@ _BY_CONTENT = {
     b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"\x93NUMPY": "numpy", b"MMIDIDX": "binidx",
 }  # fmt: skip
 
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "hub.json", "cache-*.arrow")
-"""What lies beside data that `datasets` or `rwkvflow data fetch` has written, and looks like data."""
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache-*.arrow")
+"""What `datasets` writes beside data, and looks like data."""
 
 _PAIRS = {".idx": ".bin", ".bin": ".idx"}
 _TOKEN_PAIRS = ("auto", "binidx")  # kinds that read them
@@ -279,6 +281,9 @@ def _kind(path: Path, name: str, asked: str) -> str | None:
     if packing:
         with readers.reading(name, f"{packing} that can be unpacked"), readers.opened(path, packing) as unpacked:
             head = unpacked.read1(_HEAD)
+            with contextlib.suppress(EOFError, OSError, zlib.error):  # damage further on is met by who reads on
+                while len(head) < _HEAD and (piece := unpacked.read1(_HEAD - len(head))):
+                    head += piece
         ending = path.with_suffix("").suffix
     content = next((kind for magic, kind in _BY_CONTENT.items() if head.startswith(magic)), None)
     if content == "binidx":
@@ -371,6 +376,7 @@ def _shards(found: list[tuple[File, list[tuple[int, int, int]]]], shard_bytes: i
     """Those of every file in turn; small files that are a row each share one."""
     shards: list[Shard] = []
     together: list[File] = []
+    size = 0
 
     def add(files: list[File], begin: int, end: int, first: int) -> None:
         about = [files[0].kind, [(file.path, file.sha256) for file in files], begin, end, first]
@@ -385,8 +391,9 @@ def _shards(found: list[tuple[File, list[tuple[int, int, int]]]], shard_bytes: i
                 add([file], *each)
             continue
         together.append(file)
+        size += file.bytes
         same = after is not None and (after.part, after.kind) == (file.part, file.kind)
-        if not same or sum(other.bytes for other in together) >= shard_bytes:
+        if not same or size >= shard_bytes:
             add(together, 0, 0, 1)
-            together = []
+            together, size = [], 0
     return shards

@@ -198,6 +198,7 @@ def test_shards_are_the_file_whatever_their_size(kind, kinds, tmp_path):
     shards = plan(tmp_path, [part(kind=asked)], shard_bytes=1).shards
     assert len({shard.digest for shard in shards}) == len(shards)
     assert plan(tmp_path, [part(kind=asked)], shard_bytes=1).shards == shards
+    assert kind != "jsonl" or len(shards) == len(ROWS)
     cut = kind.startswith(("jsonl", "json, lines", "parquet", "arrow", "binidx")) and not kind.startswith("jsonl p")
     assert (len(shards) > 1) == (cut and not kind.endswith((".gz", ".zst")))
 
@@ -229,7 +230,8 @@ def test_refused_and_accepted_rows_are_the_input(tmp_path_factory, lines, end, e
     for row in found:
         try:
             value = json.loads(row.raw.decode())
-            good = isinstance(value, dict) and "\\ud800" not in json.dumps(value)
+            json.dumps(value, ensure_ascii=False).encode()
+            good = isinstance(value, dict)
         except ValueError:
             good = False
         assert isinstance(row, Row) == good
@@ -334,6 +336,7 @@ def test_line_ends_and_marks(data, tmp_path):
 def test_no_rows(name, data, tmp_path):
     put(tmp_path, {name: data})
     assert read(tmp_path) == []
+    assert len(plan(tmp_path, [part()]).shards) == (name == "x.csv" or data != b"")
 
 
 def test_an_empty_text_is_a_row_and_empty_token_files_are_documents(tmp_path):
@@ -343,6 +346,23 @@ def test_an_empty_text_is_a_row_and_empty_token_files_are_documents(tmp_path):
     )
     found = fields(read(tmp_path, part("*.bin", "uint16", "u"), part()))
     assert found == [{"tokens": []}, {"text": ""}, {"tokens": []}, {"tokens": []}]
+
+
+def test_end_tokens_are_taken_off_however_many(tmp_path):
+    tokens = np.array([5, 0, 7], np.uint16)
+    for zeros in (0, 1, 2**20 - 3, 2**20, 3 * 2**20):
+        put(tmp_path, {"a.npy": to_npy(np.concatenate([tokens, np.zeros(zeros, np.uint16)]))})
+        assert fields(read(tmp_path)) == [{"tokens": [5, 0, 7]}]
+
+
+def test_an_array_longer_than_what_is_read_at_once(tmp_path):
+    """Its elements are cut anywhere by that, numbers too."""
+    numbers = [10**10 + i for i in range(200_000)]
+    put(tmp_path, {"a.json": json.dumps([*numbers, {"text": "你" * 1_000_000}], ensure_ascii=False).encode()})
+    *refused, last = read(tmp_path)
+    assert [int(row.raw) for row in refused] == numbers
+    assert {row.reason for row in refused} == {"a int: a row is an object"}
+    assert (last.where, last.fields) == ("a.json:200001", {"text": "你" * 1_000_000})
 
 
 def test_dummy_is_the_same_whatever_the_file(tmp_path):
@@ -360,6 +380,8 @@ def test_several_texts_share_a_shard(tmp_path):
     assert [row.where for shard in found.shards for row in rows(shard, tmp_path)] == sorted(
         [f"{i:03}.txt" for i in range(95)] + ["050b.jsonl:1"]
     )
+    parted = plan(tmp_path, [part("00*.txt", name="a"), part(name="b")]).shards
+    assert [(shard.part, len(shard.files)) for shard in parted] == [(0, 10), (1, 41), (1, 1), (1, 44)]
 
 
 def test_a_shard_is_known_by_all_it_depends_on(tmp_path):
@@ -418,7 +440,7 @@ class TestWhichFiles:
         about = {
             "LICENSE": b"All rights", "README.md": b"# Read", "x.xlsx": b"PK\x03\x04", "y.bin": b"", "z.tar": b"\x00" * 512,
             "dataset_infos.json": b"{}", "dataset_dict.json": b'{"splits": ["train"]}', "train/dataset_info.json": b"{}",
-            "train/state.json": b"{}", "train/cache-5f.arrow": b"", "hub.json": b"{}", "config.json": b'{\n "a": 1}',
+            "train/state.json": b"{}", "train/cache-5f.arrow": b"", "config.json": b'{\n "a": 1}',
             "empty": b"", "p.gz": gzip.compress(b"?"),
         }  # fmt: skip
         passed_over = {".gitignore": b"/a", ".git/a.jsonl": b"{}", "a.jsonl.dvc": b"outs:", "chat/.x.jsonl": b"{}"}
