@@ -192,6 +192,9 @@ def chat(
     adapter: Annotated[Path | None, typer.Option(help="An adapter trained on the model, and its state.")] = None,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
     tokenizer: Annotated[Path | None, typer.Option(help="20B_tokenizer.json, for a Pile model.")] = None,
+    special: Annotated[
+        list[str] | None, typer.Option(help="A special token of the training: '<tool>=65530'. May be repeated.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 0.3,
     top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest, also; 0: any.")] = 0,
@@ -231,12 +234,20 @@ def chat(
         adapter=adapter,
         state=state,
         tokenizer=tokenizer,
+        special=dict(map(_special, special or ())),
         system=system,
         dtype=dtype,
         device=device,
         head_size_divisor=head_size_divisor,
     )
     converse(opened)
+
+
+def _special(option: str) -> tuple[str, int]:
+    text, _, number = option.rpartition("=")
+    if not text or not number.isdecimal():
+        raise InputError(f"--special {option}", "must be a text and its token", "write --special '<tool>=65530'")
+    return text, int(number)
 
 
 def main() -> None:

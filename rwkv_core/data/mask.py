@@ -41,16 +41,22 @@ def learned_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, learn
     """
     if learned is None:
         return Mask(np.ones(len(tokens), np.bool_), 0)
-    lengths = byte_lengths(tokenizer)[np.fromiter(tokens, np.int64, len(tokens))]
-    stops = lengths.cumsum()
+    stops = byte_lengths(tokenizer)[np.fromiter(tokens, np.int64, len(tokens))].cumsum()
     points, total = _in_bytes(text, [point for span in learned for point in span], tokenizer.normalizes)
-    if (int(stops[-1]) if len(stops) else 0) != total:
+    length = int(stops[-1]) if len(stops) else 0
+    if length != total:
         raise Unusable(
-            f"{len(tokens)} tokens of {int(lengths.sum())} bytes: are not those of a text of {total} bytes, {text[:20]!r}..."
+            f"{len(tokens)} tokens of {length} bytes: are not those of a text of {total} bytes, {text[:20]!r}..."
         )
-    # Of the points at or before a byte, an odd number lies there if and only if the byte is in a span.
-    before = np.searchsorted(points, stops - lengths, side="right")
-    return Mask(before % 2 == 1, int((np.searchsorted(points, stops, side="left") > before).sum()))
+    mask = np.zeros(len(tokens), np.bool_)
+    if not points:
+        return Mask(mask, 0)
+    before = np.searchsorted(stops, points)  # the token that ends at a point, or in which it lies
+    first = np.where(points, before + 1, 0).tolist()  # that begins there, or after it
+    for begin, end in zip(first[::2], first[1::2], strict=True):
+        mask[begin:end] = True
+    inside = (stops[before] != points) & (np.asarray(points) > 0)
+    return Mask(mask, len(np.unique(before[inside])))
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,6 +1,6 @@
 """A conversation in RWKV World's convention: "User: ...", "Assistant: ...", a blank line between turns and none inside one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -121,6 +121,7 @@ def open_chat(
     adapter: Path | None = None,
     state: Path | None = None,
     tokenizer: Path | None = None,
+    special: Mapping[str, int] | None = None,
     system: str = "",
     dtype: Dtype = "as_loaded",
     device: Literal["cpu", "cuda"] | None = None,
@@ -134,6 +135,7 @@ def open_chat(
         adapter: trained on it, of RWKV-Flow. If it has a tuned state, the conversation begins from that.
         state: a file of a state tuned on it; the conversation begins from it.
         tokenizer: a `tokenizers` file, where the vocabulary is none of ours.
+        special: texts that are a token each, as in the training's `data.special_tokens`.
         system: said to the model before the first turn.
         dtype: what to compute in.
         device: where to compute; None is cuda where there is one.
@@ -147,7 +149,7 @@ def open_chat(
         raise WorldError("device cuda", "torch finds no CUDA device here", "take cpu")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(path, dtype=DTYPES.get(dtype), device=where, head_size_divisor=head_size_divisor)
-    words = for_vocabulary(model.config.vocab_size, tokenizer)
+    words = for_vocabulary(model.config.vocab_size, tokenizer).with_special(special or {})
     tuned = adapter is not None and _put_in(model, path, adapter)
     if tuned and state is not None:
         raise InputError(f"--state {state}", f"{adapter} has a state of its own", "give one of them")

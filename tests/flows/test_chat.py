@@ -63,6 +63,14 @@ def test_lines_from_a_pipe_are_answered(model: Path, tmp_path: Path):
         (["--top-p", "0"], "rwkvflow: top_p = 0.0: must be above 0, and 1 at most; correct it\n"),
         (["--adapter", "none.pth"], "rwkvflow: none.pth: "),
         (["--tokenizer", "none.json"], "rwkvflow: none.json: no tokenizer is there; correct the path, "),
+        (
+            ["--special", "<a>"],
+            "rwkvflow: --special <a>: must be a text and its token; write --special '<tool>=65530'\n",
+        ),
+        (
+            ["--special", "<a>=65530"],
+            "rwkvflow: special_tokens {'<a>': 65530}: only the World vocabulary has free ids; ",
+        ),
     ],
     ids=str,
 )

@@ -202,6 +202,82 @@ def test_a_setting_names_the_tokenizer(file):
         named("World")
 
 
+SPECIAL = {"<tool>": 65530, "</tool>": 65531, "<tool>:": 65535, "🪿🪿": 65532, "\n\nBird:": 65533}
+
+
+@pytest.fixture(scope="module")
+def special():
+    return world().with_special(SPECIAL)
+
+
+def test_special_texts_are_one_token_each(special):
+    text = "User: x<tool>{}</tool><tool>: <tool>🪿🪿🪿\n\nBird: <too"
+    ids = special.encode(text)
+    plain = world().encode
+    assert ids == [
+        *plain("User: x"), 65530, *plain("{}"), 65531, 65535, *plain(" "), 65530, 65532, *plain("🪿"), 65533, *plain(" <too"),
+    ]  # fmt: skip
+    assert special.decode(ids) == text
+    assert special.decode_bytes([65530, 65534]) == b"<tool>"
+    assert special.encode("<tool>") == [65530]
+    assert special.encode("") == []
+
+
+@settings(deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*SPECIAL, "<", "tool>", "🪿", "\n", "Bird:", "a"]) | st.text(max_size=5)).map(
+        "".join
+    )
+)
+def test_special_texts_are_found_from_the_left_the_longest_first(text, special):
+    ids, at = [], 0
+    plain = ""
+    while at < len(text):
+        found = max((s for s in SPECIAL if text.startswith(s, at)), key=len, default=None)
+        if found is None:
+            plain += text[at]
+            at += 1
+            continue
+        ids += [*world().encode(plain), SPECIAL[found]]
+        plain, at = "", at + len(found)
+    assert special.encode(text) == [*ids, *world().encode(plain)]
+    assert special.decode(special.encode(text)) == text
+
+
+def test_special_tokens_make_another_vocabulary(special):
+    assert world().with_special({}) is world()
+    assert len(special.table) == VOCAB_SIZE
+    assert special.digest != world().digest
+    assert {i: entry for i, entry in enumerate(special.table) if entry != world().table[i]} == {
+        i: text.encode() for text, i in SPECIAL.items()
+    }
+    assert named("world", SPECIAL).digest == special.digest
+    assert world().with_special({"<tool>": 65530}).digest != world().with_special({"<tool>": 65531}).digest
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"": 65530}, "special token '': must be a text that is no token yet; choose another"),
+        ({"the": 65530}, "special token 'the': must be a text that is no token yet"),
+        ({"<a>": 65529}, "special token '<a>': 65529: free are 65530 to 65535, each once"),
+        ({"<a>": 65536}, "special token '<a>': 65536: free are"),
+        ({"<a>": 65530, "<b>": 65530}, "special token '<b>': 65530: free are"),
+    ],
+)
+def test_special_tokens_that_cannot_be(tokens, message):
+    with pytest.raises(InputError, match=message):
+        world().with_special(tokens)
+
+
+def test_only_world_has_special_tokens(special, file):
+    for other in (bytes_tokenizer(), pile(file), special):
+        with pytest.raises(InputError, match=r"special_tokens {'<a>': 65530}: only the World vocabulary has free ids"):
+            other.with_special({"<a>": 65530})
+    with pytest.raises(InputError, match="only the World vocabulary"):
+        named("bytes", {"<a>": 65530})
+
+
 def test_the_vocabulary_tells_the_tokenizer(file):
     assert for_vocabulary(65536) is for_vocabulary(0) is world()
     assert for_vocabulary(256) is bytes_tokenizer()

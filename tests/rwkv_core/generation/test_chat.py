@@ -208,6 +208,20 @@ def test_an_adapter_beside_the_base_says_what_the_merged_model_says(base, adapte
     torch.testing.assert_close(beside.last.state, merged.last.state, rtol=1e-4, atol=1e-4)
 
 
+def test_special_tokens_are_said(tmp_path):
+    """By a model that says one of them always; without its text it is a free id, and those end an answer."""
+    model = make(vocab_size=65536)
+    with torch.no_grad():
+        model.ln_out.weight.zero_()
+        model.ln_out.bias.fill_(1.0)
+        model.head.weight.zero_()
+        model.head.weight[65530] = 1.0
+    checkpoint.write(tmp_path / "world.pth", model.state_dict())
+    few = Sampling(max_tokens=3, temperature=0.0, top_p=1.0, seed=0)
+    assert says(open_chat(tmp_path / "world.pth", few, special={"<tool>": 65530}), "<tool>") == "<tool>" * 3
+    assert says(open_chat(tmp_path / "world.pth", few), "<tool>") == ""
+
+
 def test_an_adapter_of_another_base_is_refused(base, adapter, tmp_path):
     other = tmp_path / "other.pth"
     checkpoint.write(other, make(vocab_size=256, seed=1).state_dict())
