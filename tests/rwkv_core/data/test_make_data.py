@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import re
 import struct
-import sys
+from pathlib import Path
 
 import pytest
+import rwkv
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
-from flows import cli
 from rwkv_core.data.make_data import Made, json2binidx, make_data
 from rwkv_core.errors import InputError
 from rwkv_core.tokenizer import Tokenizer, bytes_tokenizer, world
@@ -27,10 +26,6 @@ def source(tmp_path):
 
 @pytest.fixture(scope="module")
 def official():
-    from pathlib import Path
-
-    import rwkv
-
     return TRIE_TOKENIZER(str(Path(rwkv.__file__).with_name("rwkv_vocab_v20230424.txt")))
 
 
@@ -150,30 +145,3 @@ def test_tokens_that_are_not_the_text_are_refused(source, tmp_path):
     lossy = Tokenizer(world().table, lambda text: world().encode(text.replace("\r", "")))
     with pytest.raises(InputError, match=r"novel\.v1\.jsonl:10: 'three\\r\\n': its tokens are not its text"):
         make_data(source, 1, tmp_path / "out", lossy, 0)
-
-
-@pytest.mark.parametrize("words", [["data"], ["data", "make"]])
-def test_the_command_says_what_the_trainer_is_told(words, source, official, tmp_path, monkeypatch, capsys):
-    """`data FILE N CTX` are the words of make_data.py."""
-    monkeypatch.chdir(tmp_path)
-    tokens = 10 * sum(len(official.encode(text)) + 1 for text in TEXTS)
-    for ctx_len in (4, tokens // 3, tokens // 3 + 1):
-        monkeypatch.setattr(sys, "argv", ["rwkvflow", *words, str(source), "10", str(ctx_len)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-        said = capsys.readouterr().out
-        found = re.search(r"^--my_exit_tokens (\d+) --magic_prime (\d+|None) --ctx_len (\d+)$", said, re.MULTILINE)
-        chunks = tokens // ctx_len - 1
-        primes = [p for p in range(2, chunks + 1) if p % 3 == 2 and all(p % d for d in range(2, p))]
-        assert found.groups() == (str(tokens), str(primes[-1] if primes else None), str(ctx_len))
-        assert ("no magic prime" in said) == (tokens < 3 * ctx_len)
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["novel.v1.bin", "novel.v1.idx", "novel.v1.jsonl"]
-
-
-def test_a_problem_of_data_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["rwkvflow", "data", str(tmp_path / "none.jsonl"), "10", "512"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 1
-    assert "none.jsonl: must be a .jsonl file" in capsys.readouterr().err
