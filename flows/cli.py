@@ -1,5 +1,5 @@
 """The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow unmerge`,
-`rwkvflow inspect`, `rwkvflow chat`.
+`rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from flows import data
 from rwkv_core.errors import InputError, Problem
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.add_typer(data.app, name="data")
 
 
 @app.callback()

@@ -2,14 +2,13 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_core import page
 from rwkv_core.files import whole_file
 
 Array = npt.NDArray[np.float64]
@@ -109,19 +108,16 @@ def write(
         samples: {"prompt", "base", "tuned"} each.
         facts: tables by their title: data, model, settings.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(files("rwkv_core").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    page.write(
+        path,
+        "rwkv_core",
+        "report.html.j2",
         c=comparison,
         verdict=verdict(comparison),
         pictures={c: _svg(f) for c, f in pictures.items()},
         samples=samples,
         facts=facts,
     )
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
