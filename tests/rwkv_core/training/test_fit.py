@@ -9,7 +9,8 @@ from kernels.head_loss import IGNORE
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.config import LoraConfig, StateConfig, TrainConfig
 from rwkv_core.data.binidx import Documents, Writer
-from rwkv_core.data.sampling import DocumentRows, PackedRows, rows
+from rwkv_core.data.rows import rows
+from rwkv_core.data.sampling import tokens_of
 from rwkv_core.errors import InputError
 from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.training.fit import fit
@@ -22,7 +23,8 @@ LORA = LoraConfig(
 
 def settings(optimizer=None, **changes):
     values = {
-        "ctx_len": 16, "rows": "packed", "micro_batch": 2, "accumulate": 2, "epochs": 1.0, "precision": "fp32", "l2_wrap": 1e-4,
+        "ctx_len": 16, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 2,
+        "accumulate": 2, "epochs": 1.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 1e-4,
         "validate_every": 5, "validate_rows": 6, "checkpoint_every": 10,
     }  # fmt: skip
     course = {
@@ -72,6 +74,12 @@ def run(data, random_model, tmp_path_factory):
         return model, result
 
     return run
+
+
+def read(rows, number):
+    """Inputs and targets of a row that is read in one go."""
+    (reading,) = rows.row(number)
+    return tokens_of(rows.documents, reading)[:2]
 
 
 def losses(result, of="train"):
@@ -137,21 +145,21 @@ def test_losses_are_those_of_the_plain_formula(run, data, random_model):
     _, result = run(settings())
     model = random_model(n_layer=2)
 
-    def mean(rows, numbers):
+    def mean(cut, numbers):
         total = count = 0
         for number in numbers:
-            inputs, targets = (torch.from_numpy(x)[None] for x in rows.row(number))
+            inputs, targets = (torch.from_numpy(x)[None] for x in read(cut, number))
             with torch.no_grad():
                 logits = model(inputs)[0][0].double()
             total += torch.nn.functional.cross_entropy(logits, targets[0], ignore_index=IGNORE, reduction="sum").item()
             count += (targets != IGNORE).sum().item()
         return total / count
 
-    assert losses(result)[0] == pytest.approx(mean(PackedRows(Documents(data / "train"), 16, 5), range(4)), rel=1e-5)
-    valid = PackedRows(Documents(data / "valid"), 16, None)
+    assert losses(result)[0] == pytest.approx(mean(rows(Documents(data / "train"), settings(), 5), range(4)), rel=1e-5)
+    valid = rows(Documents(data / "valid"), settings(), None)
     assert losses(result, "valid")[0] == pytest.approx(mean(valid, range(6)), rel=1e-5)
     _, result = run(settings(validate_rows=1000))
-    assert losses(result, "valid")[0] == pytest.approx(mean(valid, range(valid.per_epoch)), rel=1e-5)
+    assert losses(result, "valid")[0] == pytest.approx(mean(valid, range(valid.before(1))), rel=1e-5)
 
 
 def test_golden_losses(run, pytestconfig):
@@ -297,9 +305,10 @@ def test_a_warmup_longer_than_the_run_is_refused(run, tmp_path):
 def test_it_is_told_on_one_line_now_and_then(run, capsys):
     run(settings())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 1/")
+    assert lines[0] == "1 epochs = 21 steps = 1290 tokens, of which all are learned"
+    assert lines[1].startswith("step 1/")
     assert "loss" in lines[-1]
-    assert len(lines) < 5
+    assert len(lines) < 6
 
 
 class Stop(Exception):
@@ -315,7 +324,7 @@ def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
         if step == 13:
             raise Stop
 
-    config = settings() if adapter.state == "none" else settings(rows="documents")
+    config = settings() if adapter.state == "none" else settings(rows="pad")
     whole, _ = run(config, adapter=adapter)
     with pytest.raises(Stop):
         run(config, adapter=adapter, folder=tmp_path, log=stop)
@@ -330,10 +339,10 @@ STATE = StateConfig(kind="state", state="wkv", layers="all", also=(), load=None)
 @pytest.mark.parametrize("adapter", [STATE, WITH_STATE, LORA], ids=lambda config: f"{config.kind}-{config.state}")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_documents_as_rows_are_learned(adapter, precision, run, data):
-    config = settings({"lr": 0.3 if adapter is STATE else 0.02}, rows="documents", epochs=4.0, precision=precision)
+    config = settings({"lr": 0.3 if adapter is STATE else 0.02}, rows="pad", epochs=4.0, precision=precision)
     model, result = run(config, adapter=adapter, dtype=torch.bfloat16 if precision == "bf16" else None)
-    learned = DocumentRows(Documents(data / "train"), 16, None, after_state=adapter.state != "none")
-    assert result.tokens == learned.targets_before(4 * 60)
+    learned = rows(Documents(data / "train"), config, 5, after_state=adapter.state != "none")
+    assert result.tokens == learned.tokens_before(4 * 60)
     assert losses(result, "valid")[-1] < (0.98 if adapter is STATE else 0.5) * losses(result, "valid")[0]
     state = {name: x for name, x in bits(model).items() if is_part(name)}
     assert len(state) == {"none": 0, "wkv": 2}.get(adapter.state, 6)
@@ -342,11 +351,11 @@ def test_documents_as_rows_are_learned(adapter, precision, run, data):
 
 def test_losses_of_documents_are_those_of_the_plain_formula(run, data, random_model):
     """The first loss of a step cut into micro-batches of unequal rows; nothing is learned from what fills a row up."""
-    _, result = run(settings(rows="documents"), adapter=STATE)
-    model, cut = random_model(n_layer=2), DocumentRows(Documents(data / "train"), 16, 5, after_state=True)
+    _, result = run(settings(rows="pad"), adapter=STATE)
+    model, cut = random_model(n_layer=2), rows(Documents(data / "train"), settings(rows="pad"), 5, after_state=True)
     total = count = 0
     for number in range(4):
-        inputs, targets = (torch.from_numpy(x) for x in cut.row(number))
+        inputs, targets = (torch.from_numpy(x) for x in read(cut, number))
         with torch.no_grad():
             logits = model(inputs[None])[0][0].double()
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
@@ -356,7 +365,7 @@ def test_losses_of_documents_are_those_of_the_plain_formula(run, data, random_mo
 
 def test_accumulation_of_documents_does_not_change_what_is_learned(run):
     runs = [
-        run(settings({"eps": 1e-3}, rows="documents", micro_batch=m, accumulate=a), adapter=WITH_STATE)
+        run(settings({"eps": 1e-3}, rows="pad", micro_batch=m, accumulate=a), adapter=WITH_STATE)
         for m, a in ((4, 1), (1, 4))
     ]
     (whole, first), (cut, second) = runs

@@ -14,7 +14,8 @@ from rwkv_core import checkpoint, models
 from rwkv_core.data.binidx import Writer
 
 SETTINGS = {
-    "ctx_len": 8, "rows": "packed", "micro_batch": 2, "accumulate": 3, "epochs": 2.0, "precision": "fp32", "l2_wrap": 1e-4,
+    "ctx_len": 8, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 2,
+    "accumulate": 3, "epochs": 2.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 1e-4,
     "validate_every": 3, "validate_rows": 4, "checkpoint_every": 4,
     "optimizer": {
         "lr": 0.02, "lr_final": 0.001, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01,
