@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import stored
 import torch
@@ -10,7 +11,7 @@ from rwkv_core.adapters import attach, trained_state
 from rwkv_core.config import LoraConfig, StateConfig, TrainConfig
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.data.rows import rows
-from rwkv_core.data.sampling import tokens_of
+from rwkv_core.data.sampling import MicroBatches, tokens_of
 from rwkv_core.errors import InputError
 from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.training.fit import fit
@@ -73,6 +74,7 @@ def run(data, random_model, tmp_path_factory):
         )
         return model, result
 
+    run.data = data
     return run
 
 
@@ -331,6 +333,65 @@ def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
     continued, result = run(config, adapter=adapter, folder=tmp_path)
     assert result.resumed_at == 10
     assert equal(bits(whole), bits(continued))
+
+
+ROWS = {
+    "pad": {"rows": "pad"},
+    "pad, similar_lengths": {"rows": "pad", "order": "similar_lengths"},
+    "only": {"rows": "only", "micro_batch": 1},
+    "pack": {"rows": "pack"},
+    "pack, carried": {"rows": "pack", "carry_state": True},
+    "chunk": {"rows": "chunk", "ctx_len": 9},
+    "chunk, carried": {"rows": "chunk", "carry_state": True, "ctx_len": 9},
+    "magic_prime": {"rows": "magic_prime", "order": "as_given"},
+    "stream, mixed": {"mix": {"all": "0.75x"}},
+    "stream, long_first": {"order": "long_first"},
+}
+
+
+@pytest.mark.parametrize("mode", ROWS)
+def test_every_kind_of_row_learns_and_continues_where_it_stopped(mode, run, tmp_path, monkeypatch):
+    """With masks and weights: to the bit, and with the same numbers in the history."""
+
+    def stop(step, metrics):
+        if step == 13:
+            raise Stop
+
+    monkeypatch.setattr(Documents, "learned", lambda self, i: np.arange(len(self[i])) % 4 != i % 3)
+    monkeypatch.setattr(Documents, "weight", lambda self, i: 0.5 + i % 2)
+    config, lora = settings(**{"epochs": None, "steps": 25} | ROWS[mode]), LORA.model_copy(update={"dropout": 0.1})
+    whole, first = run(config, adapter=lora)
+    with pytest.raises(Stop):
+        run(config, adapter=lora, folder=tmp_path, log=stop)
+    continued, result = run(config, adapter=lora, folder=tmp_path)
+    assert (result.resumed_at, result.steps) == (10, 25)
+    assert equal(bits(whole), bits(continued))
+    assert result.history == first.history
+    cut = rows(Documents(run.data / "train"), config, 5)
+    batches = MicroBatches(cut, config.micro_batch, config.accumulate, 25 * config.micro_batch * config.accumulate)
+    learned = np.cumsum([batches[i].learned for i in range(len(batches))])[config.accumulate - 1 :: config.accumulate]
+    assert [row["tokens"] for _, row in sorted(result.history["train"].items())] == learned.tolist()
+    assert result.tokens == learned[-1]
+    assert losses(result, "valid")[-1] < 0.9 * losses(result, "valid")[0]
+
+
+def test_a_held_out_set_without_anything_to_learn_is_refused(run, monkeypatch):
+    monkeypatch.setattr(Documents, "learned", lambda self, i: np.zeros(len(self[i]), bool))
+    with pytest.raises(
+        InputError, match=r"train.validate_rows = 6: the first held-out rows have no token that is learned"
+    ):
+        run(settings())
+
+
+def test_how_long_it_is_is_said_in_every_unit(run, capsys, monkeypatch):
+    run(settings(epochs=None, tokens=320))
+    assert capsys.readouterr().out.splitlines()[0] == ("0.2469 epochs = 5 steps = 320 tokens, of which all are learned")
+    monkeypatch.setattr(Documents, "learned", lambda self, i: np.arange(len(self[i])) > 0)
+    _, result = run(settings(epochs=None, steps=5))
+    assert result.steps == 5
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("0.2469 epochs = 5 steps = 320 tokens, of which about ")
+    assert int(said.split()[-3]) == pytest.approx(result.tokens, rel=0.05)
 
 
 STATE = StateConfig(kind="state", state="wkv", layers="all", also=(), load=None)
