@@ -25,7 +25,7 @@ from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.config import AdapterConfig
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.sampling import rows
+from rwkv_core.data.rows import rows
 from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
 from rwkv_core.tokenizer import named
@@ -78,13 +78,19 @@ def train(name: str, steps: int, lr: float | None) -> dict[str, float]:
     after_state = adapter.state != "none"
     optimizer = params.train.optimizer.model_copy(update={"lr": lr or run.lr, "lr_final": (lr or run.lr) / 10})
     config = params.train.model_copy(
-        update={"rows": "documents" if after_state else "packed", "optimizer": optimizer, "validate_every": steps}
+        update={
+            "rows": "pad" if after_state else "stream",
+            "optimizer": optimizer,
+            "validate_every": steps,
+            "epochs": None,
+            "steps": steps,
+            "tokens": None,
+        }
     )
     lessons, test = (
         rows(Documents(stage.DATA / side), config, seed, after_state=after_state)
         for side, seed in (("train", params.seed), ("valid", None))
     )
-    config = config.model_copy(update={"epochs": steps * config.micro_batch * config.accumulate / lessons.per_epoch})
     how = params.model.how() | {"quantize": run.quantize}
     model = models.load(params.model.base, dtype=torch.float32, **how)
     attach(model, adapter, params.seed, originals=checkpoint.read(params.model.base))

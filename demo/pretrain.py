@@ -12,7 +12,7 @@ from rwkv_core import checkpoint
 from rwkv_core.config import DataConfig, HoldoutConfig, PartConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.prepare import prepare
-from rwkv_core.data.sampling import rows
+from rwkv_core.data.rows import rows
 from rwkv_core.files import sha256
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.tokenizer import VOCAB_SIZE

@@ -298,8 +298,20 @@ class TrainConfig(Config):
     ctx_len: int = Field(ge=2, le=1_048_576)
     """Tokens per row; of rows that are documents, the most."""
 
-    rows: Literal["packed", "documents"]
-    """packed: documents end to end, none cut off. documents: one a row, cut at ctx_len; a tuned state needs it."""
+    rows: Literal["stream", "pad", "pack", "chunk", "only", "magic_prime"]
+    """How documents become rows, see docs/data.md. stream: end to end. pad: one a row, cut at ctx_len; only: so too, alone in
+    its micro-batch. pack: several whole ones. chunk: windows of one. magic_prime: RWKV-LM's. A tuned state needs pad, only,
+    pack or chunk."""
+
+    order: Literal["shuffled", "similar_lengths", "short_first", "long_first", "as_given"]
+    """Of the documents, anew each epoch. similar_lengths: those of a step are of like length. as_given: as they lie in the
+    data."""
+
+    carry_state: bool
+    """The state goes on: from window to window in chunk, from document to document of a row in pack."""
+
+    mix: dict[str, Annotated[str, Field(pattern=r"^(\d+(\.\d+)?|\.\d+)[x%]$")]]
+    """How often an epoch goes through parts of data.parts: {replay: 10%, chat: 3x}; 10% of its tokens. Usually {}: all once."""
 
     micro_batch: int = Field(ge=1)
     """Rows per forward pass."""
@@ -307,8 +319,14 @@ class TrainConfig(Config):
     accumulate: int = Field(ge=1)
     """Micro-batches per optimizer step."""
 
-    epochs: float = Field(gt=0)
-    """Passes over the training rows. Fractions are allowed."""
+    epochs: Annotated[float, Field(gt=0)] | None
+    """Passes over the training rows. Fractions are allowed. One of epochs, steps and tokens is set, the others are null."""
+
+    steps: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps."""
+
+    tokens: Annotated[int, Field(ge=1)] | None
+    """Tokens read, learned or not."""
 
     precision: Literal["fp32", "bf16"]
     """Precision of the matrix products. The WKV state and the loss are float32 under both."""
@@ -327,18 +345,77 @@ class TrainConfig(Config):
 
     optimizer: OptimizerConfig
 
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        ends = {"epochs": self.epochs, "steps": self.steps, "tokens": self.tokens}
+        if sum(end is not None for end in ends.values()) != 1:
+            shown = ", ".join(f"{name} {'null' if end is None else end}" for name, end in ends.items())
+            raise ValueError(
+                f"one of epochs, steps and tokens says when to stop, and the others are null; here: {shown}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_make_sense(self) -> Self:
+        if self.rows == "only" and self.micro_batch != 1:
+            raise ValueError(
+                f"rows = only has one row a micro-batch, but micro_batch is {self.micro_batch}; pad has more"
+            )
+        if self.carry_state and self.rows not in ("pack", "chunk"):
+            raise ValueError(f"carry_state is of rows = pack and chunk; rows is {self.rows}, where nothing goes on")
+        kind = f"{self.rows} with carry_state" if self.carry_state and self.rows == "chunk" else self.rows
+        orders = _ORDERS.get(kind, ("shuffled", "similar_lengths", "short_first", "long_first", "as_given"))
+        if self.order not in orders:
+            raise ValueError(f"order = {self.order} has no effect on rows = {kind}, which can have {', '.join(orders)}")
+        if self.order == "similar_lengths" and self.micro_batch * self.accumulate == 1:
+            raise ValueError("order = similar_lengths is of rows that share a step; micro_batch * accumulate is 1")
+        if self.mix and self.rows == "magic_prime":
+            raise ValueError("rows = magic_prime goes once through all documents as they lie, and mix must be {}")
+        return self
+
+    @model_validator(mode="after")
+    def _mix_makes_sense(self) -> Self:
+        for name, given in self.mix.items():
+            if float(given[:-1]) == 0:
+                raise ValueError(f"mix.{name} = {given} is none of it; leave the part out of data.parts")
+        if sum(float(given[:-1]) for given in self.mix.values() if given.endswith("%")) >= 100:
+            raise ValueError(
+                "the shares in mix are 100 % or more: they are of what an epoch reads, with the parts without one"
+            )
+        return self
+
     def check_rows(self, after_state: bool) -> None:
         """Refuse rows that no tuned state could stand before.
 
         Raises:
-            InputError: they are packed, and a state is trained.
+            InputError: they are those, and a state is trained.
         """
-        if after_state and self.rows == "packed":
+        if not after_state:
+            return
+        rule = "adapter.state stands at a document's beginning"
+        if self.rows in ("stream", "magic_prime"):
             raise InputError(
-                "train.rows = packed",
-                "adapter.state stands at a document's beginning, and packed rows begin anywhere",
-                "set documents",
+                f"train.rows = {self.rows}", f"{rule}, and these rows begin anywhere", "set pad, pack or chunk"
             )
+        if self.rows == "pack" and self.carry_state:
+            raise InputError(
+                "train.carry_state = true", f"{rule}, and in a row only the first would begin from it", "set false"
+            )
+        if self.rows == "chunk" and not self.carry_state:
+            raise InputError(
+                "train.carry_state = false",
+                f"{rule}, and all but the first windows of one would begin from nothing",
+                "set true",
+            )
+
+
+_ORDERS = {
+    "stream": ("shuffled", "short_first", "long_first", "as_given"),
+    "pack": ("shuffled", "as_given"),
+    "chunk with carry_state": ("shuffled", "as_given"),
+    "magic_prime": ("as_given",),
+}
+"""That have an effect, by the rows that not all have one on."""
 
 
 class SampleConfig(Config):

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.head_loss import IGNORE, token_nll
 from rwkv_core import memory
 from rwkv_core.data.binidx import Documents
+from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import END, Tokenizer
@@ -23,12 +24,15 @@ FEWEST = 10
 
 
 class Scores(NamedTuple):
-    """What a model makes of each document, in the documents' order. (D,) each."""
+    """What a model makes of each document, in the documents' order. (D,) each.
+
+    Of a document with a mask these are its learned tokens: what a question or a prompt is made of is not the model's to say.
+    """
 
     nats: Array
     """Sum of the cross-entropies of its tokens, the end token included."""
     tokens: Array
-    """How many these are."""
+    """How many these are; 0 where none is learned."""
     bytes: Array
     """Of their text."""
 
@@ -63,6 +67,7 @@ def score(
 
     Documents of like length share a batch; the scores do not depend on that. A document is read after token 0, from which its
     first token is predicted; or after a tuned state, and it is not. Two models are compared on the tokens that both predict.
+    All tokens are read, and those that the documents' mask has are scored.
 
     Args:
         model: in evaluation mode.
@@ -76,17 +81,23 @@ def score(
     """
     device, skipped = model.emb.weight.device, int(skip_first or state is not None)
     order = np.argsort(documents.sizes, kind="stable")[::-1]  # the largest first: too little memory shows at once
-    nats = np.zeros(len(documents))
+    nats, count, size = (np.zeros(len(documents)) for _ in range(3))
+    lengths = np.array([len(entry) for entry in tokenizer.table])
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         longest = int(documents.sizes[chosen[0]])
         tokens = torch.full((len(chosen), longest + 1), IGNORE, dtype=torch.int64)
         tokens[:, 0] = END
-        for row, i in enumerate(chosen):
-            tokens[row, 1 : 1 + int(documents.sizes[i])] = torch.from_numpy(documents[int(i)].astype(np.int64))
-        tokens, carried = tokens.to(device), None if state is None else mount(model.initial_state(len(chosen)), state)
         goals = tokens.clone()
-        goals[:, 1] = IGNORE if skipped else goals[:, 1]
+        for row, i in enumerate(chosen.tolist()):
+            document, scored = documents[i].astype(np.int64), documents.learned(i).copy()
+            scored[:skipped] = False
+            here = slice(1, 1 + len(document))
+            tokens[row, here] = torch.from_numpy(document)
+            goals[row, here] = torch.from_numpy(np.where(scored, document, IGNORE))
+            count[i], size[i] = np.count_nonzero(scored), lengths[document[scored]].sum()
+        tokens, goals = tokens.to(device), goals.to(device)
+        carried = None if state is None else mount(model.initial_state(len(chosen)), state)
         for at in range(0 if state is None else 1, longest, ctx_len):
             targets = goals[:, at + 1 : at + 1 + ctx_len]
             inputs = tokens[:, at : at + targets.shape[1]].clamp(min=END)
@@ -95,9 +106,7 @@ def score(
             nats[chosen] += nll.view(targets.shape).double().sum(1).cpu().numpy()
         if progress is not None:
             progress(start + len(chosen), len(order))
-    lengths = np.array([len(entry) for entry in tokenizer.table])
-    count = np.array([lengths[np.asarray(documents[i][skipped:])].sum() for i in range(len(documents))])
-    return Scores(nats, documents.sizes.astype(np.float64) - skipped, count.astype(np.float64))
+    return Scores(nats, count, size)
 
 
 def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
@@ -114,14 +123,26 @@ def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, s
         seed: of the draws.
 
     Returns:
-        {"base": summary, "tuned": summary, "change": {metric: {"value", "low", "high"}}, "better", "documents", "tokens"}.
-        A change is tuned minus base: below 0 is better. "better" is 1 if the loss's interval lies below 0, -1 if above, else 0;
-        and 0 where there are fewer than FEWEST documents, whose draws tell little of what others would give.
+        {"base": summary, "tuned": summary, "change": {metric: {"value", "low", "high"}}, "better", "documents", "tokens",
+        "documents_not_scored"}. The last have no token that is learned, and are left out of everything else. A change is tuned
+        minus base: below 0 is better. "better" is 1 if the loss's interval lies below 0, -1 if above, else 0; and 0 where there
+        are fewer than FEWEST documents, whose draws tell little of what others would give.
+
+    Raises:
+        InputError: no document has a token that is learned.
 
     Source:
         Percentile intervals: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; paired over test items,
         as in Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation".
     """
+    scored = base.tokens > 0
+    if not scored.any():
+        raise InputError(
+            f"{len(scored)} held-out documents",
+            "none has a token that is learned, so there is nothing to score",
+            "look at the mask of data.parts, or hold out more: data.holdout.fraction",
+        )
+    base, tuned = (Scores(*(column[scored] for column in scores)) for scores in (base, tuned))
     before, after = base.summary(), tuned.summary()
     count = len(base.nats)
     rng = np.random.default_rng(seed)
@@ -143,6 +164,7 @@ def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, s
         "change": change,
         "better": (loss["high"] < 0) - (loss["low"] > 0) if count >= FEWEST else 0,
         "documents": count,
+        "documents_not_scored": int((~scored).sum()),
         "tokens": int(base.tokens.sum()),
         "confidence": confidence,
     }

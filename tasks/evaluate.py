@@ -126,11 +126,12 @@ def _judge(
 
 
 def _pictures(base: Scores, tuned: Scores) -> dict[str, Any]:
+    scored = base.tokens > 0
     train, valid = (_read_curve(stage.TRAIN / name) for name in ("history.csv", "valid.csv"))
     return {
         "Loss during training.": report.training_curve(train, valid),
         "Every held-out document, in nats a token; below the line is better.": report.document_change(
-            base.nats / base.tokens, tuned.nats / tuned.tokens
+            *(one.nats[scored] / one.tokens[scored] for one in (base, tuned))
         ),
     }
 
@@ -141,11 +142,16 @@ def _read_curve(path: Path) -> list[tuple[float, float]]:
 
 
 def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
+    """One row for each document that is scored."""
+    scored = np.flatnonzero(base.tokens)
+    (nats, tokens, size), after = (Scores(*(column[scored] for column in one)) for one in (base, tuned))
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["document", "tokens", "bytes", "base_loss", "tuned_loss"])
-        columns = np.stack([base.tokens, base.bytes, base.nats / base.tokens, tuned.nats / tuned.tokens], 1)
-        table.writerows([i, *(format(x, ".9g") for x in row)] for i, row in enumerate(columns.tolist()))
+        columns = np.stack([tokens, size, nats / tokens, after.nats / tokens], 1)
+        table.writerows(
+            [i, *(format(x, ".9g") for x in row)] for i, row in zip(scored.tolist(), columns.tolist(), strict=True)
+        )
 
 
 def _words(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -187,7 +193,12 @@ def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict
             "trained": f"{', '.join(trained)}; layers: {adapter.layers}",
             "frozen matrices kept in": "full" if params.model.quantize == "none" else params.model.quantize,
             "begun from": adapter.load or "the method's own values",
-            "epochs": f"{train.epochs:g}",
+            "length": next(
+                f"{value:g} {name}"
+                for name in ("epochs", "steps", "tokens")
+                if (value := getattr(train, name)) is not None
+            ),
+            "rows": ", ".join((train.rows, *(["state carried"] if train.carry_state else []), train.order)),
             "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
             "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",
             "seed": params.seed,

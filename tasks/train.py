@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.adapters.rows import without_unchanged
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.sampling import LeftOut, rows
+from rwkv_core.data.order import Part
+from rwkv_core.data.rows import LeftOut, rows
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.training.callbacks import LAST
@@ -42,7 +43,8 @@ def train() -> None:
     _check_place(params.adapter.load)
     start = warm_start.read(params.adapter, params.model.base, base_sha256, params.model.quantize)
     loaded = warm_start.digests(params.adapter)
-    digest = run_digest(params, base_sha256, loaded)
+    parts = [Part(*(part[field] for field in Part._fields)) for part in manifest["train"].get("parts", ())]
+    digest = run_digest(params, base_sha256, loaded, parts)
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -56,7 +58,7 @@ def train() -> None:
             "set the tokenizer of this model",
         )
     after_state = params.adapter.state != "none"
-    lessons = rows(Documents(stage.DATA / "train"), params.train, params.seed, after_state=after_state)
+    lessons = rows(Documents(stage.DATA / "train"), params.train, params.seed, after_state=after_state, parts=parts)
     test = rows(Documents(stage.DATA / "valid"), params.train, None, after_state=after_state)
     originals = checkpoint.read(params.model.base) if params.model.quantize != "none" else None
     adapted = attach(model, params.adapter, params.seed, originals=originals, start=start)
@@ -67,10 +69,10 @@ def train() -> None:
         f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}; run {digest}",
         flush=True,
     )
-    if lessons.left_out.documents:
+    if lessons.left_out.tokens:
         print(
-            f"train.ctx_len = {params.train.ctx_len} cuts {lessons.left_out.documents} of {lessons.per_epoch} documents off: "
-            f"{lessons.left_out.tokens} tokens are left out in every epoch",
+            f"train.rows = {params.train.rows} with ctx_len = {params.train.ctx_len} cuts {lessons.left_out.documents} of "
+            f"{len(lessons.documents)} documents off: {lessons.left_out.tokens} tokens are left out in every epoch",
             flush=True,
         )
     _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
@@ -123,13 +125,13 @@ def _check_place(load: Path | None) -> None:
         )
 
 
-def run_digest(params: Params, base_sha256: str, loaded: Mapping[str, str | None]) -> str:
+def run_digest(params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part]) -> str:
     """Name of a run: everything that its result depends on. checkpoint_every is not among it, nor what files are called."""
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
     del shaping["train"]["checkpoint_every"]
-    data = [sha256(stage.DATA / f"{side}.{part}") for side in ("train", "valid") for part in ("bin", "idx")]
-    text = json.dumps([shaping, params.model.how(), base_sha256, data], sort_keys=True)
+    data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
+    text = json.dumps([shaping, params.model.how(), base_sha256, data, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

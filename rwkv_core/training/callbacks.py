@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from rwkv_core.data.sampling import Batch, MicroBatches
+from rwkv_core.data.sampling import Batch
 from rwkv_core.errors import Interrupted
 from rwkv_core.files import whole_file
 from rwkv_core.training.module import Training
@@ -55,11 +55,11 @@ class StepCallback(pl.Callback):
 class Recorder(StepCallback):
     """Notes each step in the history, measures the held-out loss when it is due, and passes both on."""
 
-    def __init__(self, batches: MicroBatches, valid: Sequence[Batch], validate_every: int, log: Log) -> None:
-        self._batches, self._valid, self._every, self._log = batches, valid, validate_every, log
+    def __init__(self, steps: int, valid: Sequence[Batch], validate_every: int, log: Log) -> None:
+        self._steps, self._valid, self._every, self._log = steps, valid, validate_every, log
         self._began = self._in_step = 0.0
         self.seconds, self.tokens = 0.0, 0
-        """Time in training steps and tokens learned, in this process."""
+        """Time in training steps and tokens read, in this process."""
         self.tokens_per_second = 0.0
         """Of the last step."""
 
@@ -81,14 +81,12 @@ class Recorder(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Note the step."""
-        learned = self._batches.tokens_before(step)
-        tokens = learned - self._batches.tokens_before(step - 1)
-        self.seconds, self.tokens = self.seconds + self._in_step, self.tokens + tokens
-        self.tokens_per_second, self._in_step = tokens / self._in_step, 0.0
-        row = training.note_step(step, learned)
+        self.seconds, self.tokens = self.seconds + self._in_step, self.tokens + training.step_tokens
+        self.tokens_per_second, self._in_step = training.step_tokens / self._in_step, 0.0
+        row = training.note_step(step)
         speed = {"tokens_per_second": self.tokens_per_second, "peak_memory_mb": peak_memory_mb()}
         self._log(step, {f"train/{name}": float(value) for name, value in (row | speed).items()})
-        if step % self._every == 0 or step == self._batches.steps:
+        if step % self._every == 0 or step == self._steps:
             self._validate(training, step)
 
     def _validate(self, training: Training, step: int) -> None:

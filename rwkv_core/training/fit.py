@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,9 @@ import torch
 
 from rwkv_core import memory
 from rwkv_core.config import TrainConfig
-from rwkv_core.data.sampling import Batch, MicroBatches, Rows
+from rwkv_core.data.rows import Rows
+from rwkv_core.data.sampling import Batch, MicroBatches, extent
+from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.training import schedule
 from rwkv_core.training.callbacks import LAST, Checkpoints, Log, Progress, Recorder, peak_memory_mb
@@ -28,10 +29,11 @@ class Result(NamedTuple):
     """Rows of "train" (tokens, loss, lr, grad_norm) and "valid" (loss) by optimizer steps done."""
     steps: int
     tokens: int
+    """Learned, each as often as it was."""
     resumed_at: int
     """Steps that were already done when this process began."""
     seconds: float
-    """Time in training steps, in this process; and tokens learned in it per second of that."""
+    """Time in training steps, in this process; and tokens read in it, learned or not, per second of that."""
     tokens_per_second: float
     peak_memory_mb: float
 
@@ -39,8 +41,8 @@ class Result(NamedTuple):
 def fit(
     model: RWKV,
     groups: list[dict[str, Any]],
-    train: Rows,
-    valid: Rows,
+    train: Rows[Any],
+    valid: Rows[Any],
     config: TrainConfig,
     *,
     seed: int,
@@ -66,12 +68,19 @@ def fit(
         Interrupted: a signal asked to stop; the run is saved.
         WorldError: the checkpoint can't be written.
     """
-    batches = MicroBatches(train, config.micro_batch, config.accumulate, config.epochs)
+    whole = extent(train, config)
+    batches = MicroBatches(train, config.micro_batch, config.accumulate, whole.rows)
     schedule.check(config.optimizer, batches.steps)
     training = Training(model, groups, config, batches.steps, seed)
     last = folder / LAST
+    share = train.learned()
+    print(
+        f"{whole.epochs:.4g} epochs = {whole.steps} steps = {whole.tokens} tokens, of which "
+        f"{'all' if share == 1 else f'about {share * whole.tokens:.0f}'} are learned",
+        flush=True,
+    )
     done = _steps_done(last)
-    recorder = Recorder(batches, measured(valid, config), config.validate_every, log)
+    recorder = Recorder(batches.steps, measured(valid, config), config.validate_every, log)
     with _quiet():
         checkpoints = Checkpoints(folder, config.checkpoint_every, batches.steps)
         trainer = _trainer(config, [recorder, Progress(recorder, batches.steps), checkpoints])
@@ -91,7 +100,7 @@ def fit(
     return Result(
         training.history,
         batches.steps,
-        batches.tokens_before(batches.steps),
+        int(training.history["train"][batches.steps]["tokens"]),
         done,
         recorder.seconds,
         recorder.tokens / recorder.seconds if recorder.seconds else 0.0,
@@ -126,11 +135,22 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def measured(valid: Rows, config: TrainConfig) -> Sequence[Batch]:
-    """The held-out rows that are measured during training, from the front."""
-    rows = min(config.validate_rows, valid.per_epoch)
-    batches = MicroBatches(valid, config.micro_batch, 1, rows / valid.per_epoch)
-    return [batches[i] for i in range(math.ceil(rows / config.micro_batch))]
+def measured(valid: Rows[Any], config: TrainConfig) -> Sequence[Batch]:
+    """The held-out rows that are measured during training, from the front.
+
+    Raises:
+        InputError: in none of them is anything learned.
+    """
+    rows = min(config.validate_rows, valid.before(1))
+    batches = MicroBatches(valid, config.micro_batch, 1, rows)
+    found = [batches[i] for i in range(len(batches))]
+    if not sum(batch.learned for batch in found):
+        raise InputError(
+            f"train.validate_rows = {config.validate_rows}",
+            "the first held-out rows have no token that is learned",
+            "raise it, or hold out more: data.holdout.fraction",
+        )
+    return found
 
 
 def _steps_done(checkpoint: Path) -> int:

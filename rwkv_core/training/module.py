@@ -5,16 +5,55 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 
-from kernels.head_loss import IGNORE, head_loss, token_nll
+from kernels.head_loss import head_loss, token_nll
 from rwkv_core.config import TrainConfig
-from rwkv_core.data.sampling import Batch
+from rwkv_core.data.sampling import Batch, Group
 from rwkv_core.models.skeleton import RWKV
+from rwkv_core.models.state import BlockState, State
 from rwkv_core.training.schedule import learning_rate
 
 History = dict[int, dict[str, float]]
 """Rows by the number of optimizer steps done; the same step measured twice is one row."""
+
+
+class Lanes:
+    """The states that rows have left, for the rows that go on from them. Detached, so nothing is learned through them."""
+
+    def __init__(self) -> None:
+        self.state: State | None = None
+        """Of all lanes, a batch; float32."""
+
+    def before(self, model: RWKV, group: Group) -> State | None:
+        """The state that a group is read from; None for that before a document."""
+        if group.lanes is None or group.goes_on is None or self.state is None:
+            return None
+        self.state = [BlockState(*(x.to(group.lanes.device) for x in block)) for block in self.state]
+        begin = model.initial_state(len(group.inputs))
+        lanes = group.lanes.clamp(max=len(self.state[0].wkv) - 1)  # one that nothing was kept of yet does not go on
+        return [
+            BlockState(*(_chosen(group.goes_on, y[lanes], x) for x, y in zip(fresh, kept, strict=True)))
+            for fresh, kept in zip(begin, self.state, strict=True)
+        ]
+
+    def keep(self, group: Group, after: State) -> None:
+        """Keep what a group has left. A reading that another goes on from is not filled up: this is the state at its end."""
+        if group.lanes is None:
+            return
+        count = int(group.lanes.max()) + 1
+        if self.state is None or len(self.state[0].wkv) < count:
+            more = [
+                BlockState(*(x.new_zeros(count, *x.shape[1:], dtype=torch.float32) for x in block)) for block in after
+            ]
+            for old, new in zip(self.state or [], more, strict=False):
+                for x, y in zip(old, new, strict=True):
+                    y[: len(x)] = x
+            self.state = more
+        for kept, block in zip(self.state, after, strict=True):
+            for x, y in zip(kept, block, strict=True):
+                x[group.lanes] = y.detach().float()
 
 
 class Training(pl.LightningModule):
@@ -27,21 +66,48 @@ class Training(pl.LightningModule):
         self.history: dict[str, History] = {"train": {}, "valid": {}}
         self.grad_norm = 0.0
         self.step_loss = 0.0
+        self.step_learned = self.step_tokens = 0
+        """Tokens of the step: learned; read, learned or not."""
+        self._lanes = Lanes()
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        features, _ = self.model.features(batch.inputs)
-        return features.flatten(0, 1), self.model.head.now(), batch.targets.flatten()
+    def _read(self, groups: Iterable[Group], lanes: Lanes) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the head reads, the targets, and their weights: of all groups, end to end."""
+        features, targets, weights = [], [], []
+        for group in groups:
+            x, after = self.model.features(group.inputs, lanes.before(self.model, group))
+            lanes.keep(group, after)
+            features.append(x.flatten(0, 1))
+            targets.append(group.targets.flatten())
+            weights.append(None if group.weights is None else group.weights.flatten())
+        counts = [
+            torch.ones_like(t, dtype=torch.float32) if w is None else w for t, w in zip(targets, weights, strict=True)
+        ]
+        weighted = any(w is not None for w in weights)
+        return _joined(features), _joined(targets), _joined(counts) if weighted else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout a function of the seed and the micro-batch, so that a continued run draws what it would have."""
         torch.manual_seed((self._seed * 1_000_003 + batch_idx) % 2**63)
         if batch_idx % self._config.accumulate == 0:
-            self.step_loss = 0.0
+            self.step_loss, self.step_learned, self.step_tokens = 0.0, 0, 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The micro-batch's share of its step's mean cross-entropy: one number, however the step is cut up."""
+        """The micro-batch's share of its step's weighted mean cross-entropy: one number, however the step is cut up."""
+        self.step_learned, self.step_tokens = self.step_learned + batch.learned, self.step_tokens + batch.tokens
+        if not batch.groups:  # a sum of nothing, with a gradient, as Lightning wants
+            return next(p for p in self.parameters() if p.requires_grad).flatten()[:0].sum()
+        features, targets, weights = self._read(batch.groups, self._lanes)
         rows, values = self.model.head.trained_rows()
-        loss = head_loss(*self._inputs(batch), self._config.l2_wrap, rows=rows, values=values) / batch.step_tokens
+        loss = head_loss(
+            features,
+            self.model.head.now(),
+            targets,
+            self._config.l2_wrap,
+            token_weight=weights,
+            rows=rows,
+            values=values,
+        )
+        loss = loss / (batch.step_weight or 1)  # 0, where the step has nothing to learn
         self.step_loss += float(loss.detach())
         return loss * self._config.accumulate  # Lightning divides by it; the shares add up without
 
@@ -57,20 +123,26 @@ class Training(pl.LightningModule):
 
     @torch.no_grad()
     def held_out_loss(self, batches: Iterable[Batch]) -> float:
-        """Mean cross-entropy of the targets in `batches`, in nats a token, as training computes it but without dropout."""
-        nats, tokens = 0.0, 0
+        """Mean cross-entropy of the targets in `batches`, in nats a token, as training computes it but without dropout.
+
+        All targets count the same, whatever their weights.
+        """
+        nats, tokens, lanes = 0.0, 0, Lanes()
         self.eval()
         with self.trainer.precision_plugin.val_step_context():
             for batch in batches:
-                moved = Batch(batch.inputs.to(self.device), batch.targets.to(self.device), batch.step_tokens)
-                nats += float(token_nll(*self._inputs(moved)).double().sum())
-                tokens += int((batch.targets != IGNORE).sum())
+                if batch.groups:
+                    features, targets, _ = self._read(move_data_to_device(batch.groups, self.device), lanes)
+                    nats += float(token_nll(features, self.model.head.now(), targets).double().sum())
+                    tokens += batch.learned
         self.train()
         return nats / tokens
 
-    def note_step(self, step: int, tokens: int) -> dict[str, float]:
-        """Add the row of a finished optimizer step to the history; `tokens` are those learned so far."""
+    def note_step(self, step: int) -> dict[str, float]:
+        """Add the row of a finished optimizer step to the history; its `tokens` are those learned so far."""
         lr = learning_rate(self._config.optimizer, step - 1, self._steps)
+        before = self.history["train"].get(step - 1)
+        tokens = self.step_learned + (int(before["tokens"]) if before else 0)
         row = {"tokens": tokens, "loss": self.step_loss, "lr": lr, "grad_norm": self.grad_norm}
         self.history["train"][step] = row
         return row
@@ -83,11 +155,24 @@ class Training(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, and the history."""
+        """Keep what is trained, the lanes' states, and the history."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in trained}
         checkpoint["history"] = self.history
+        state = self._lanes.state
+        checkpoint["lanes"] = None if state is None else [tuple(block) for block in state]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the history."""
+        """Go on with the history, and the lanes' states."""
         self.history = checkpoint["history"]
+        if checkpoint["lanes"] is not None:
+            self._lanes.state = [BlockState(*(x.to(self.device) for x in block)) for block in checkpoint["lanes"]]
+
+
+def _chosen(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Of a batch, these rows of `one`, and the others of `other`, in its dtype."""
+    return torch.where(rows.view(-1, *[1] * (other.ndim - 1)), one.to(other.dtype), other)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

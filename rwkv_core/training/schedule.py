@@ -28,5 +28,5 @@ def check(config: OptimizerConfig, steps: int) -> None:
         raise InputError(
             f"train.optimizer.warmup_steps = {config.warmup_steps}",
             f"this run has {steps} optimizer steps, and the warm-up must end within them",
-            "lower it, or raise train.epochs",
+            "lower it, or train longer",
         )

@@ -14,7 +14,7 @@ CHANGE = {
 COMPARISON = {
     "base": {"loss": 2.125, "perplexity": 8.3729, "bits_per_byte": 1.0625},
     "tuned": {"loss": 1.625, "perplexity": 5.0784, "bits_per_byte": 0.8125},
-    "change": CHANGE, "better": 1, "documents": 321, "tokens": 98765, "confidence": 0.95,
+    "change": CHANGE, "better": 1, "documents": 321, "documents_not_scored": 0, "tokens": 98765, "confidence": 0.95,
 }  # fmt: skip
 EVIL = '<script>alert("no")</script><img src=http://example.com/x onerror=alert(1)>&amp;'
 

@@ -1,8 +1,10 @@
+import re
 from typing import get_args
 
 import pytest
 from project import ROOT
 from pydantic import BaseModel
+from ruamel.yaml import YAML
 
 from rwkv_core.errors import InputError
 from tasks.params import Params, load
@@ -22,6 +24,22 @@ def edited(tmp_path):
         return path
 
     return edit
+
+
+@pytest.fixture
+def set_train(edited):
+    """The same with settings of train, and of adapter, as a path."""
+
+    def change(train, **adapter):
+        path, yaml = edited(), YAML()
+        params = yaml.load(path.read_text())
+        params["train"].update(train)
+        params["adapter"].update(adapter)
+        with path.open("w") as file:
+            yaml.dump(params, file)
+        return path
+
+    return change
 
 
 def message(path):
@@ -104,11 +122,75 @@ def test_settings_that_do_not_fit_each_other_are_refused(edited, old, new, found
     assert found in message(edited((old, new)))
 
 
-def test_a_state_and_packed_rows_are_refused(edited):
-    text = message(edited(("state: none", "state: wkv")))
-    assert text.startswith("train.rows = packed: adapter.state stands at a document's beginning")
-    assert text.endswith("; set documents")
-    assert load(edited(("state: none", "state: wkv"), ("rows: packed", "rows: documents"))).adapter.state == "wkv"
+@pytest.mark.parametrize(
+    ("train", "found"),
+    [
+        (
+            {},
+            "train.rows = stream: adapter.state stands at a document's beginning, and these rows begin anywhere; set pad",
+        ),
+        (
+            {"rows": "magic_prime", "order": "as_given"},
+            "train.rows = magic_prime: adapter.state stands at a document's",
+        ),
+        (
+            {"rows": "pack", "carry_state": True},
+            "train.carry_state = true: adapter.state stands .* first would .*; set false",
+        ),
+        ({"rows": "chunk"}, "train.carry_state = false: adapter.state stands .* begin from nothing; set true"),
+        ({"rows": "pad"}, None),
+        ({"rows": "only", "micro_batch": 1}, None),
+        ({"rows": "pack"}, None),
+        ({"rows": "chunk", "carry_state": True}, None),
+    ],
+)
+def test_a_state_stands_before_documents_alone(train, found, set_train):
+    path = set_train(train, state="wkv")
+    if found is None:
+        assert load(path).adapter.state == "wkv"
+    else:
+        assert re.match(found, message(path))
+
+
+@pytest.mark.parametrize(
+    ("train", "found"),
+    [
+        ({"epochs": None}, "one of epochs, steps and tokens says when to stop, .*; here: epochs null, steps null, tokens null"),
+        ({"steps": 3}, "one of epochs, .*; here: epochs 2.0, steps 3, tokens null"),
+        ({"rows": "only"}, "rows = only has one row a micro-batch, but micro_batch is 8; pad has more"),
+        ({"carry_state": True}, "carry_state is of rows = pack and chunk; rows is stream, where nothing goes on"),
+        ({"rows": "pad", "carry_state": True}, "carry_state is of rows = pack and chunk; rows is pad"),
+        ({"order": "similar_lengths"}, "order = similar_lengths has no effect on rows = stream, which can have shuffled, "),
+        ({"rows": "pack", "order": "long_first"}, "order = long_first has no effect on rows = pack, which can have"),
+        (
+            {"rows": "chunk", "carry_state": True, "order": "similar_lengths"},
+            "order = similar_lengths has no effect on rows = chunk with carry_state, which can have shuffled, as_given",
+        ),
+        ({"rows": "magic_prime"}, "order = shuffled has no effect on rows = magic_prime, which can have as_given"),
+        (
+            {"rows": "magic_prime", "order": "as_given", "mix": {"a": "2x"}},
+            "rows = magic_prime goes once through all documents as they lie, and mix must be {}",
+        ),
+        (
+            {"rows": "only", "micro_batch": 1, "order": "similar_lengths"},
+            "order = similar_lengths is of rows that share a step; micro_batch [*] accumulate is 1",
+        ),
+        ({"mix": {"a": "0x"}}, "mix.a = 0x is none of it; leave the part out"),
+        ({"mix": {"a": "40%", "b": "60%"}}, "the shares in mix are 100 % or more"),
+        ({"mix": {"a": "3"}}, "train.mix.a = '3': "),
+        ({"mix": {"a": "-3x"}}, "train.mix.a = '-3x': "),
+    ],
+)  # fmt: skip
+def test_rows_that_make_no_sense_are_refused(train, found, set_train):
+    assert re.search(found, message(set_train(train)))
+
+
+def test_orders_and_mixes_that_make_sense(set_train):
+    for rows, more in (("pad", {}), ("chunk", {}), ("only", {"micro_batch": 1, "accumulate": 4})):
+        for order in ("shuffled", "similar_lengths", "short_first", "long_first", "as_given"):
+            assert load(set_train({"rows": rows, "order": order, **more})).train.order == order
+    mix = {"a": "10%", "b": "3x", "c": "0.5x"}
+    assert load(set_train({"mix": mix, "epochs": None, "tokens": 1000})).train.mix == mix
 
 
 def test_yaml_that_does_not_parse_names_the_place(edited):

@@ -104,7 +104,7 @@ def tuned(request, tmp_path_factory):
     """A project that has tuned a state, alone or beside a LoRA."""
     project = make(tmp_path_factory.mktemp("tuned"))
     project.adapter = request.param
-    project.set(adapter=request.param, train__rows="documents", train__ctx_len=40, train__epochs=6)
+    project.set(adapter=request.param, train__rows="pad", train__ctx_len=40, train__epochs=6)
     if request.param is STATE:
         project.set(train__optimizer__lr=0.5, train__optimizer__lr_final=0.05)
     project.said = {name: project.stage(name).stdout for name in ("prepare", "train", "merge", "evaluate", "export")}
@@ -211,7 +211,7 @@ def bad_inputs():
     yield "train", base(lambda f: torch.save({"weight": torch.zeros(2)}, f)), ["base.pth", "no RWKV names"]
     yield "train", base(lambda f: torch.save({"a": Malicious()}, f)), ["system", "must not run code", "do not trust"]
     yield "train", base(lambda f: f.unlink()), ["base.pth", "must be there", "correct the path"]
-    yield "prepare", setting(adapter__state="wkv"), ["train.rows = packed", "begin anywhere; set documents"]
+    yield "prepare", setting(adapter__state="wkv"), ["train.rows = stream", "begin anywhere; set pad, pack or chunk"]
     yield "train", setting(adapter__targets=["att.kye"]), ["att.kye", "att.key"]
     yield (
         "train",

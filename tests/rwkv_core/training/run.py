@@ -17,7 +17,7 @@ from rwkv_core import models
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.config import LoraConfig, TrainConfig
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.sampling import PackedRows
+from rwkv_core.data.rows import rows
 from rwkv_core.errors import Interrupted, WorldError
 from rwkv_core.training.fit import fit
 
@@ -75,8 +75,8 @@ try:
     result = fit(
         model,
         [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.01}],
-        PackedRows(Documents(folder / "data/train"), config.ctx_len, 5),
-        PackedRows(Documents(folder / "data/valid"), config.ctx_len, None),
+        rows(Documents(folder / "data/train"), config, 5),
+        rows(Documents(folder / "data/valid"), config, None),
         config,
         seed=11,
         folder=folder / "run",

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import stored
 import torch
@@ -9,7 +10,8 @@ from kernels.head_loss import IGNORE
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.config import LoraConfig, StateConfig, TrainConfig
 from rwkv_core.data.binidx import Documents, Writer
-from rwkv_core.data.sampling import DocumentRows, PackedRows, rows
+from rwkv_core.data.rows import rows
+from rwkv_core.data.sampling import MicroBatches, tokens_of
 from rwkv_core.errors import InputError
 from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.training.fit import fit
@@ -22,7 +24,8 @@ LORA = LoraConfig(
 
 def settings(optimizer=None, **changes):
     values = {
-        "ctx_len": 16, "rows": "packed", "micro_batch": 2, "accumulate": 2, "epochs": 1.0, "precision": "fp32", "l2_wrap": 1e-4,
+        "ctx_len": 16, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 2,
+        "accumulate": 2, "epochs": 1.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 1e-4,
         "validate_every": 5, "validate_rows": 6, "checkpoint_every": 10,
     }  # fmt: skip
     course = {
@@ -71,7 +74,14 @@ def run(data, random_model, tmp_path_factory):
         )
         return model, result
 
+    run.data = data
     return run
+
+
+def read(rows, number):
+    """Inputs and targets of a row that is read in one go."""
+    (reading,) = rows.row(number)
+    return tokens_of(rows.documents, reading)[:2]
 
 
 def losses(result, of="train"):
@@ -137,21 +147,21 @@ def test_losses_are_those_of_the_plain_formula(run, data, random_model):
     _, result = run(settings())
     model = random_model(n_layer=2)
 
-    def mean(rows, numbers):
+    def mean(cut, numbers):
         total = count = 0
         for number in numbers:
-            inputs, targets = (torch.from_numpy(x)[None] for x in rows.row(number))
+            inputs, targets = (torch.from_numpy(x)[None] for x in read(cut, number))
             with torch.no_grad():
                 logits = model(inputs)[0][0].double()
             total += torch.nn.functional.cross_entropy(logits, targets[0], ignore_index=IGNORE, reduction="sum").item()
             count += (targets != IGNORE).sum().item()
         return total / count
 
-    assert losses(result)[0] == pytest.approx(mean(PackedRows(Documents(data / "train"), 16, 5), range(4)), rel=1e-5)
-    valid = PackedRows(Documents(data / "valid"), 16, None)
+    assert losses(result)[0] == pytest.approx(mean(rows(Documents(data / "train"), settings(), 5), range(4)), rel=1e-5)
+    valid = rows(Documents(data / "valid"), settings(), None)
     assert losses(result, "valid")[0] == pytest.approx(mean(valid, range(6)), rel=1e-5)
     _, result = run(settings(validate_rows=1000))
-    assert losses(result, "valid")[0] == pytest.approx(mean(valid, range(valid.per_epoch)), rel=1e-5)
+    assert losses(result, "valid")[0] == pytest.approx(mean(valid, range(valid.before(1))), rel=1e-5)
 
 
 def test_golden_losses(run, pytestconfig):
@@ -297,9 +307,10 @@ def test_a_warmup_longer_than_the_run_is_refused(run, tmp_path):
 def test_it_is_told_on_one_line_now_and_then(run, capsys):
     run(settings())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 1/")
+    assert lines[0] == "1 epochs = 21 steps = 1290 tokens, of which all are learned"
+    assert lines[1].startswith("step 1/")
     assert "loss" in lines[-1]
-    assert len(lines) < 5
+    assert len(lines) < 6
 
 
 class Stop(Exception):
@@ -315,7 +326,7 @@ def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
         if step == 13:
             raise Stop
 
-    config = settings() if adapter.state == "none" else settings(rows="documents")
+    config = settings() if adapter.state == "none" else settings(rows="pad")
     whole, _ = run(config, adapter=adapter)
     with pytest.raises(Stop):
         run(config, adapter=adapter, folder=tmp_path, log=stop)
@@ -324,16 +335,75 @@ def test_every_method_continues_where_it_stopped(adapter, run, tmp_path):
     assert equal(bits(whole), bits(continued))
 
 
+ROWS = {
+    "pad": {"rows": "pad"},
+    "pad, similar_lengths": {"rows": "pad", "order": "similar_lengths"},
+    "only": {"rows": "only", "micro_batch": 1},
+    "pack": {"rows": "pack"},
+    "pack, carried": {"rows": "pack", "carry_state": True},
+    "chunk": {"rows": "chunk", "ctx_len": 9},
+    "chunk, carried": {"rows": "chunk", "carry_state": True, "ctx_len": 9},
+    "magic_prime": {"rows": "magic_prime", "order": "as_given"},
+    "stream, mixed": {"mix": {"all": "0.75x"}},
+    "stream, long_first": {"order": "long_first"},
+}
+
+
+@pytest.mark.parametrize("mode", ROWS)
+def test_every_kind_of_row_learns_and_continues_where_it_stopped(mode, run, tmp_path, monkeypatch):
+    """With masks and weights: to the bit, and with the same numbers in the history."""
+
+    def stop(step, metrics):
+        if step == 13:
+            raise Stop
+
+    monkeypatch.setattr(Documents, "learned", lambda self, i: np.arange(len(self[i])) % 4 != i % 3)
+    monkeypatch.setattr(Documents, "weight", lambda self, i: 0.5 + i % 2)
+    config, lora = settings(**{"epochs": None, "steps": 25} | ROWS[mode]), LORA.model_copy(update={"dropout": 0.1})
+    whole, first = run(config, adapter=lora)
+    with pytest.raises(Stop):
+        run(config, adapter=lora, folder=tmp_path, log=stop)
+    continued, result = run(config, adapter=lora, folder=tmp_path)
+    assert (result.resumed_at, result.steps) == (10, 25)
+    assert equal(bits(whole), bits(continued))
+    assert result.history == first.history
+    cut = rows(Documents(run.data / "train"), config, 5)
+    batches = MicroBatches(cut, config.micro_batch, config.accumulate, 25 * config.micro_batch * config.accumulate)
+    learned = np.cumsum([batches[i].learned for i in range(len(batches))])[config.accumulate - 1 :: config.accumulate]
+    assert [row["tokens"] for _, row in sorted(result.history["train"].items())] == learned.tolist()
+    assert result.tokens == learned[-1]
+    assert losses(result, "valid")[-1] < 0.9 * losses(result, "valid")[0]
+
+
+def test_a_held_out_set_without_anything_to_learn_is_refused(run, monkeypatch):
+    monkeypatch.setattr(Documents, "learned", lambda self, i: np.zeros(len(self[i]), bool))
+    with pytest.raises(
+        InputError, match=r"train.validate_rows = 6: the first held-out rows have no token that is learned"
+    ):
+        run(settings())
+
+
+def test_how_long_it_is_is_said_in_every_unit(run, capsys, monkeypatch):
+    run(settings(epochs=None, tokens=320))
+    assert capsys.readouterr().out.splitlines()[0] == ("0.2469 epochs = 5 steps = 320 tokens, of which all are learned")
+    monkeypatch.setattr(Documents, "learned", lambda self, i: np.arange(len(self[i])) > 0)
+    _, result = run(settings(epochs=None, steps=5))
+    assert result.steps == 5
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("0.2469 epochs = 5 steps = 320 tokens, of which about ")
+    assert int(said.split()[-3]) == pytest.approx(result.tokens, rel=0.05)
+
+
 STATE = StateConfig(kind="state", state="wkv", layers="all", also=(), load=None)
 
 
 @pytest.mark.parametrize("adapter", [STATE, WITH_STATE, LORA], ids=lambda config: f"{config.kind}-{config.state}")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_documents_as_rows_are_learned(adapter, precision, run, data):
-    config = settings({"lr": 0.3 if adapter is STATE else 0.02}, rows="documents", epochs=4.0, precision=precision)
+    config = settings({"lr": 0.3 if adapter is STATE else 0.02}, rows="pad", epochs=4.0, precision=precision)
     model, result = run(config, adapter=adapter, dtype=torch.bfloat16 if precision == "bf16" else None)
-    learned = DocumentRows(Documents(data / "train"), 16, None, after_state=adapter.state != "none")
-    assert result.tokens == learned.targets_before(4 * 60)
+    learned = rows(Documents(data / "train"), config, 5, after_state=adapter.state != "none")
+    assert result.tokens == learned.tokens_before(4 * 60)
     assert losses(result, "valid")[-1] < (0.98 if adapter is STATE else 0.5) * losses(result, "valid")[0]
     state = {name: x for name, x in bits(model).items() if is_part(name)}
     assert len(state) == {"none": 0, "wkv": 2}.get(adapter.state, 6)
@@ -342,11 +412,11 @@ def test_documents_as_rows_are_learned(adapter, precision, run, data):
 
 def test_losses_of_documents_are_those_of_the_plain_formula(run, data, random_model):
     """The first loss of a step cut into micro-batches of unequal rows; nothing is learned from what fills a row up."""
-    _, result = run(settings(rows="documents"), adapter=STATE)
-    model, cut = random_model(n_layer=2), DocumentRows(Documents(data / "train"), 16, 5, after_state=True)
+    _, result = run(settings(rows="pad"), adapter=STATE)
+    model, cut = random_model(n_layer=2), rows(Documents(data / "train"), settings(rows="pad"), 5, after_state=True)
     total = count = 0
     for number in range(4):
-        inputs, targets = (torch.from_numpy(x) for x in cut.row(number))
+        inputs, targets = (torch.from_numpy(x) for x in read(cut, number))
         with torch.no_grad():
             logits = model(inputs[None])[0][0].double()
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
@@ -356,7 +426,7 @@ def test_losses_of_documents_are_those_of_the_plain_formula(run, data, random_mo
 
 def test_accumulation_of_documents_does_not_change_what_is_learned(run):
     runs = [
-        run(settings({"eps": 1e-3}, rows="documents", micro_batch=m, accumulate=a), adapter=WITH_STATE)
+        run(settings({"eps": 1e-3}, rows="pad", micro_batch=m, accumulate=a), adapter=WITH_STATE)
         for m, a in ((4, 1), (1, 4))
     ]
     (whole, first), (cut, second) = runs

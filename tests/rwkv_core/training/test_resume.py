@@ -14,7 +14,8 @@ from rwkv_core import checkpoint, models
 from rwkv_core.data.binidx import Writer
 
 SETTINGS = {
-    "ctx_len": 8, "rows": "packed", "micro_batch": 2, "accumulate": 3, "epochs": 2.0, "precision": "fp32", "l2_wrap": 1e-4,
+    "ctx_len": 8, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 2,
+    "accumulate": 3, "epochs": 2.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 1e-4,
     "validate_every": 3, "validate_rows": 4, "checkpoint_every": 4,
     "optimizer": {
         "lr": 0.02, "lr_final": 0.001, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01,
@@ -39,8 +40,8 @@ def processes():
 def start(processes, capfd):
     """Runs run.py, and returns its exit status, a negative signal number where one killed it."""
 
-    def start(folder, **accident):
-        arguments = {"folder": folder, "settings": SETTINGS, "accident": accident}
+    def start(folder, settings=SETTINGS, **accident):
+        arguments = {"folder": folder, "settings": settings, "accident": accident}
         process = processes.Process(target=runpy.run_path, args=(SCRIPT,), kwargs={"init_globals": arguments})
         process.start()
         process.join()
@@ -144,6 +145,25 @@ def test_kills_at_any_time(expected, folder, start):
         assert start(folder, at="forward", count=[forward], signals=[SIGKILL]) == -SIGKILL
         done = last(folder) if (folder / "run" / "last.ckpt").exists() else 0
     assert finish(start, folder, expected) == done > 0
+
+
+def test_kills_of_a_run_whose_states_go_on(folder, start):
+    """Windows of a document in consecutive steps: the checkpoint has the states of their lanes."""
+    settings = SETTINGS | {"rows": "chunk", "carry_state": True, "ctx_len": 4, "accumulate": 2, "checkpoint_every": 3}
+    assert start(folder, settings) == 0
+    expected = {name: (folder / name).read_bytes() for name in OUTPUTS}
+    steps = last(folder)
+    for name in (*OUTPUTS, "run/last.ckpt"):
+        (folder / name).unlink()
+    for forward in (7, 9, 8):  # after step 3, after step 6, and after step 9
+        assert start(folder, settings, at="forward", count=[forward], signals=[SIGKILL]) == -SIGKILL
+    assert last(folder) == 9 < steps
+    saved = torch.load(folder / "run" / "last.ckpt", weights_only=True)["lanes"]
+    assert [x.shape[0] for block in saved for x in block] == [4] * 6
+    assert all(x.dtype == torch.float32 and x.any() for block in saved for x in block)
+    assert start(folder, settings) == 0
+    assert {name: (folder / name).read_bytes() for name in OUTPUTS} == expected
+    assert int((folder / "resumed_at").read_text()) == 9
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(expected, folder, start):

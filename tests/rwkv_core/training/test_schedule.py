@@ -52,7 +52,7 @@ def test_beyond_the_end_it_stays_at_its_last_value():
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_a_warmup_that_does_not_end_is_refused(steps):
     with pytest.raises(
-        InputError, match=rf"warmup_steps = 4: this run has {steps} optimizer steps, .*; lower it, or raise"
+        InputError, match=rf"warmup_steps = 4: this run has {steps} optimizer steps, .*; lower it, or train longer"
     ):
         check(config(), steps)
     check(config(), 5)
