@@ -75,29 +75,17 @@ def preview(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("preview.html"),
 ) -> None:
     """Show what the prepare stage made of the source: which tokens are learned, which are not, and what is cut off."""
-    import json
-
     from rich.console import Console
 
     from rwkv_core.data import preview as page
     from rwkv_core.data.binidx import Documents
-    from rwkv_core.tokenizer import named
+    from tasks import preview as stage_preview
     from tasks import stage
     from tasks.params import load
 
     params = load()
     documents, train = Documents(stage.DATA / side), params.train
-    page.write(
-        out,
-        documents,
-        named(params.data.tokenizer),
-        side=side,
-        ctx_len=train.ctx_len,
-        rows=train.rows,
-        after_state=params.adapter.state != "none",
-        samples=count,
-        manifest=json.loads(stage.MANIFEST.read_text(encoding="utf-8")) if stage.MANIFEST.is_file() else None,
-    )
+    stage_preview.write(out, params, side, count)
     lengths = page.histogram(documents.sizes)
     console = Console(highlight=False)
     widest, most = len(f"{lengths[-1].most}") if lengths else 0, max((bar.documents for bar in lengths), default=0)

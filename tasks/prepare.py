@@ -64,7 +64,7 @@ def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
         raise WorldError(
             f"data.cluster = {data.cluster}", f"no Dask scheduler answers ({error})", "start it, or correct the address"
         ) from None
-    with client, client.get_executor(pure=False, retries=2) as executor:
+    with client, client.get_executor(pure=False, retries=2) as executor:  # type: ignore[no-untyped-call]
         yield executor
 
 

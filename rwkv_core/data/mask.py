@@ -8,7 +8,7 @@ import functools
 import itertools
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,9 @@ class Mask(NamedTuple):
     """Tokens in which a span begins or ends: no mask of tokens is exactly the one of characters there."""
 
 
-def learned_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, learned: Spans | None) -> Mask:
+def learned_tokens(
+    tokenizer: Tokenizer, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], text: str, learned: Spans | None
+) -> Mask:
     """The tokens that begin in the learned characters.
 
     Args:

@@ -1,5 +1,6 @@
 """Token files as one page to look at: sample documents, each token as it will be learned or not, and the counts of all."""
 
+import csv
 import itertools
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -82,6 +83,26 @@ class Sample(NamedTuple):
     runs: tuple[Run, ...]
 
 
+class Findings(NamedTuple):
+    """Faults of one kind."""
+
+    number: int
+    examples: list[Mapping[str, str]]
+    """{"where", "message"} of the first."""
+
+
+def read_findings(table: Path) -> dict[str, Findings]:
+    """What is in a lints.csv, by code."""
+    found: dict[str, Findings] = {}
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            before = found.get(row["code"], Findings(0, []))
+            if before.number < _EXAMPLES:
+                before.examples.append(row)
+            found[row["code"]] = Findings(before.number + 1, before.examples)
+    return found
+
+
 def histogram(sizes: Tokens) -> list[Bar]:
     """Documents by the power of two that their tokens do not exceed, from the shortest that there is to the longest."""
     powers = 1 << np.arange(62)
@@ -124,7 +145,7 @@ def write(
     after_state: bool = False,
     samples: int,
     manifest: Mapping[str, Any] | None = None,
-    findings: Sequence[Mapping[str, str]] | None = None,
+    findings: Mapping[str, Findings] | None = None,
 ) -> None:
     """Write the page.
 
@@ -138,13 +159,10 @@ def write(
         after_state: a tuned state is trained: a document's first token is read beside the ctx_len that are learned.
         samples: documents to show, spread evenly; and the longest.
         manifest: what is known of the data: tables by their title. What is neither text nor number in them is passed over.
-        findings: {"code", "where", "message"} each; None: nobody has looked.
+        findings: by code; None: nobody has looked.
     """
     limit = ctx_len + after_state if rows in CUT else None
     lengths = histogram(documents.sizes)
-    codes: dict[str, list[Mapping[str, str]]] = {}
-    for finding in findings or ():
-        codes.setdefault(finding["code"], []).append(finding)
     page.write(
         path,
         "rwkv_core.data",
@@ -163,8 +181,7 @@ def write(
         lengths=lengths,
         place=_place(lengths, ctx_len),
         samples=_samples(documents, tokenizer, samples, limit),
-        findings=None if findings is None else sorted(codes.items(), key=lambda item: (-len(item[1]), item[0])),
-        examples=_EXAMPLES,
+        findings=None if findings is None else sorted(findings.items(), key=lambda item: (-item[1].number, item[0])),
         facts=_facts(manifest or {}),
     )
 
