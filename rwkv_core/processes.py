@@ -27,15 +27,17 @@ def cores() -> int:
 def pool(processes: int) -> Iterator[Executor]:
     """So many processes, begun from nothing: a fork would have the locks of this one's threads."""
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, context, _begin)
+    executor = ProcessPoolExecutor(processes, context, _begin, (os.getpid(),))
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(parent: int) -> None:
     stop_with_parent()
+    if os.getppid() != parent:  # it died while this process was starting
+        os._exit(1)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl+C reaches all of a terminal's processes; this one's parent ends it
