@@ -368,7 +368,7 @@ def parquet(path: Path, name: str, begin: int, end: int, first: int) -> Rows:
 def _parquet(path: Path) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(path, memory_map=True)
+    return ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def arrow_sizes(path: Path, name: str) -> tuple[list[int], list[int]]:

@@ -645,6 +645,14 @@ def test_a_value_that_cannot_be_had_is_refused_alone(tmp_path):
     assert [row.where for row in found if isinstance(row, Refused)] == ["a.arrow:18"]
 
 
+def test_the_checksums_of_parquet_are_looked_at(tmp_path):
+    table = pa.table({"text": ["a", "what was written", "z"]})  # the first and the last are in its statistics too
+    data = to_parquet(table, compression="none", use_dictionary=False, write_page_checksum=True)
+    put(tmp_path, {"a.parquet": data.replace(b"what was written", b"what waz written", 1)})
+    with pytest.raises(InputError, match=r"a.parquet:1: is not parquet, or is damaged .*(CRC|checksum)"):
+        read(tmp_path)
+
+
 def test_arrow_values_of_every_type_have_a_raw_form(tmp_path):
     table = pa.table(
         {
