@@ -244,12 +244,15 @@ def array(path: Path, name: str, packing: str) -> Rows:
                     try:
                         value, end = decode(text, at)
                     except (ValueError, RecursionError) as error:
-                        if ended or len(text) - at > _LONGEST:
-                            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                            raise wrong(f"element {number} is not JSON ({said})") from None
-                    else:
-                        if end < len(text) or ended:  # else a number might go on
-                            break
+                        said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                        if len(text) - at > _LONGEST:
+                            said = f"or is longer than {_LONGEST} characters"
+                        elif not ended:
+                            more()
+                            continue
+                        raise wrong(f"element {number} is not JSON ({said})") from None
+                    if end < len(text) or ended:  # else a number might go on
+                        break
                     more()
                 raw, of = text[at:end].encode(), f"{name}:{number}"
                 fault = _fault(value)
@@ -297,10 +300,11 @@ def table(path: Path, name: str, packing: str) -> Rows:
                 cells = next(reader, None)
                 fault = None
             except csv.Error as error:
-                size = sum(map(len, since))
-                if "unexpected end" in str(error) or size > _LONGEST:
+                ended = "unexpected end" in str(error)
+                if ended or sum(map(len, since)) > _LONGEST:
+                    closed = "is never closed" if ended else f"is not closed within {_LONGEST} characters"
                     raise InputError(
-                        where, "a quote that begins in this row is never closed", 'close it, or write " in a cell as ""'
+                        where, f"a quote that begins in this row {closed}", 'close it, or write " in a cell as ""'
                     ) from None
                 cells, fault = [], f"is not CSV ({error})"
             except Exception as error:
@@ -344,7 +348,10 @@ def parquet_sizes(path: Path, name: str) -> tuple[list[int], list[int]]:
     with reading(name, "parquet"), _parquet(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         _columns_differ(file.schema_arrow.names, name)
-        return [group.total_byte_size for group in groups], [group.num_rows for group in groups]
+        sizes, counts = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
+        if min([0, *sizes, *counts]) < 0:
+            raise ValueError("a size below 0")
+        return sizes, counts
 
 
 def parquet(path: Path, name: str, begin: int, end: int, first: int) -> Rows:
@@ -365,7 +372,7 @@ def parquet(path: Path, name: str, begin: int, end: int, first: int) -> Rows:
 def _parquet(path: Path) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(path, memory_map=True)
+    return ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def arrow_sizes(path: Path, name: str) -> tuple[list[int], list[int]]:

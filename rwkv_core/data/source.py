@@ -23,7 +23,7 @@ from rwkv_core.config import PartConfig
 from rwkv_core.data import readers
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.readers import Empty, Refused, Row, Unusable
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, WorldError
 
 __all__ = ["Empty", "File", "Plan", "Refused", "Row", "Shard", "Unusable", "plan", "rows"]
 
@@ -192,6 +192,7 @@ def _names(source: Path) -> tuple[set[str], list[str]]:
 
     Raises:
         InputError: there is no such source, or a name is no text.
+        WorldError: a folder can't be read.
     """
     if source.is_file():
         return {source.name}, []
@@ -199,7 +200,13 @@ def _names(source: Path) -> tuple[set[str], list[str]]:
         raise InputError(str(source), "there is no such file or folder", "correct data.source in params.yaml")
     found: set[str] = set()
     others = []
-    for folder, inner, files in os.walk(source):
+
+    def unreadable(error: OSError) -> None:
+        raise WorldError(
+            str(error.filename), f"can't be read ({error.strerror})", "see to it, and run again"
+        ) from error
+
+    for folder, inner, files in os.walk(source, onerror=unreadable):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in [*inner, *files]:
             path = Path(folder, name)
@@ -224,18 +231,23 @@ def _assigned(names: set[str], parts: Sequence[PartConfig], source: Path) -> Ite
         InputError: a part's pattern matches no path in a folder.
     """
     matched: set[int] = set()
-    for name in names:
-        other = name[:-4] + _PAIRS.get(name[-4:], "")
-        pair = other in names and name[-4:] in _PAIRS
-        fits = [
+
+    def fits(name: str, other: str) -> int:
+        found = [
             number
             for number, part in enumerate(parts)
-            if _fits(name, part.files) or (pair and part.kind in _TOKEN_PAIRS and _fits(other, part.files))
+            if _fits(name, part.files) or (other in names and part.kind in _TOKEN_PAIRS and _fits(other, part.files))
         ]
-        matched.update(fits)
-        number = fits[0] if fits else -1
-        if not (pair and name.endswith(".idx") and number >= 0 and parts[number].kind in _TOKEN_PAIRS):
+        matched.update(found)
+        return found[0] if found else -1
+
+    for name in names:
+        other = name[:-4] + _PAIRS[name[-4:]] if name[-4:] in _PAIRS else ""
+        number = fits(name, other)
+        if not (name.endswith(".idx") and other in names and number >= 0 and parts[number].kind in _TOKEN_PAIRS):
             yield number, name
+        elif fits(other, name) != number:
+            yield -1, name  # another part has the .bin
     for number, part in enumerate(parts):
         if matched and number not in matched and source.is_dir():
             raise InputError(

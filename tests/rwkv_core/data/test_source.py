@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_core.config import PartConfig
+from rwkv_core.data import readers
 from rwkv_core.data.binidx import Writer
 from rwkv_core.data.source import Refused, Row, plan, rows
 from rwkv_core.errors import InputError, WorldError
@@ -480,6 +481,12 @@ class TestWhichFiles:
         assert [f.path for f in found.files] == ["x.bin"]
         assert found.unread == ["rest/y"]
 
+    def test_an_index_whose_tokens_another_part_has_is_not_read(self, kinds, tmp_path):
+        put(tmp_path, kinds["binidx"][0])
+        found = plan(tmp_path, [part("*.bin", "uint16", "raw"), part()])
+        assert [(f.path, f.kind) for f in found.files] == [("a.bin", "uint16")]
+        assert found.unread == ["a.idx"]
+
     def test_a_folder_is_known_by_what_is_read(self, tmp_path):
         put(tmp_path, FILES)
         before = plan(tmp_path, [part()]).sha256
@@ -579,6 +586,20 @@ def test_a_file_that_cannot_be_read_is_an_error(case, tmp_path):
     assert len(str(caught.value)) < 600
 
 
+def test_what_is_never_closed_is_not_read_to_the_end(monkeypatch, tmp_path):
+    """A fault in what delimits rows must not make a row of all the rest."""
+    monkeypatch.setattr(readers, "_LONGEST", 10_000)
+    monkeypatch.setattr(readers, "_BUFFER", 5_000)
+    rows = {"a.csv": b'a,b\n1,"2\n' + b"3,4\n" * 100_000 + b'"', "b.json": b'[{"a": [' + b"[1, 2], " * 50_000 + b"0]}]"}
+    put(tmp_path, rows)
+    with pytest.raises(InputError, match=r"a.csv:2: a quote that begins in this row is not closed within 10000 char"):
+        read(tmp_path / "a.csv")
+    with pytest.raises(InputError, match=r"b.json:1:2: .*: element 1 is not JSON .or is longer than 10000 characters"):
+        read(tmp_path / "b.json")
+    monkeypatch.undo()
+    assert [len(row.fields) for row in read(tmp_path)] == [2, 1]
+
+
 REFUSED = {
     "latin text": ({"a.txt": b"a\nb caf\xe9"}, "auto", "a.txt:2:6", "byte 0xe9: the file must be UTF-8: iconv"),
     "odd utf-16le": (
@@ -622,6 +643,14 @@ def test_a_value_that_cannot_be_had_is_refused_alone(tmp_path):
     found = read(tmp_path)
     assert [row.where for row in found] == [f"a.arrow:{i + 1}" for i in range(40)]
     assert [row.where for row in found if isinstance(row, Refused)] == ["a.arrow:18"]
+
+
+def test_the_checksums_of_parquet_are_looked_at(tmp_path):
+    table = pa.table({"text": ["a", "what was written", "z"]})  # the first and the last are in its statistics too
+    data = to_parquet(table, compression="none", use_dictionary=False, write_page_checksum=True)
+    put(tmp_path, {"a.parquet": data.replace(b"what was written", b"what waz written", 1)})
+    with pytest.raises(InputError, match=r"a.parquet:1: is not parquet, or is damaged .*(CRC|checksum)"):
+        read(tmp_path)
 
 
 def test_arrow_values_of_every_type_have_a_raw_form(tmp_path):
