@@ -62,11 +62,6 @@ class Text(NamedTuple):
     weight: float
     """What each of them counts."""
 
-    @property
-    def ends(self) -> bool:
-        """Whether the document's end is learned too: it follows what is."""
-        return self.learned is None or self.learned[-1][1] == len(self.text)
-
 
 class Turn(NamedTuple):
     """A turn in a text."""

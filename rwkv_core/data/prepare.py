@@ -258,8 +258,7 @@ def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":
     tokens[:-1], tokens[-1] = ids, END
     learned, straddling = None, 0
     if content.learned is not None:
-        learned = np.empty(len(tokens), bool)
-        learned[-1] = content.ends
+        learned = np.ones(len(tokens), bool)  # the end always is
         learned[:-1], straddling = learned_tokens(tokenizer, ids, content.text, content.learned)
     return _Document(tokens, learned, content.weight, raw, straddling, findings)
 
