@@ -1,4 +1,4 @@
-"""The command line's part for data: `rwkvflow data make`, `json2binidx`, `preview`."""
+"""The command line's part for data: `rwkvflow data make`, `json2binidx`, `preview`, `fetch`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -95,3 +95,15 @@ def preview(
         mark = " longer than ctx_len" if bar.least > train.ctx_len else ""
         console.print(f"  up to {bar.most:>{widest}}  [cyan]{drawn}[/] {bar.documents}[yellow]{mark}[/]")
     console.print(f"{out}: open it in a browser")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A data set on the Hugging Face hub: owner/name.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder for its files, to be named in data.source.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit; the newest, if none.")] = None,
+) -> None:
+    """Copy a data set from the Hugging Face hub to the disk: what a run reads must stay as it is."""
+    from rwkv_core.data import hub
+
+    typer.echo(f"{folder}: {name} as of commit {hub.fetch(name, folder, revision)}")

@@ -31,7 +31,7 @@ _WRITTEN: dict[str, tuple[int, str]] = {"uint16": (8, "H"), "int32": (4, "i")}
 """Code of the format, and of `array`. make_data.py writes uint16, json2binidx int32."""
 
 _PIECE = 1 << 18  # numbers that are in memory at a time; eight divide it, for the mask
-_SAMPLE = 64  # documents that are looked at when a file is opened
+_SAMPLE = 16  # documents that are looked at when a file is opened
 _LONGEST = 2**31 - 1
 
 SIDES = ("train", "valid")

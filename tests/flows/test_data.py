@@ -90,3 +90,10 @@ def test_the_preview_is_a_page_and_bars(
     assert "novel.jsonl" in page
     assert rwkvflow(monkeypatch, "data", "preview", "--side", "valid", "--out", "sub/v.html") == 0
     assert (folder / "sub/v.html").read_text(encoding="utf-8").count("<article>") == 3
+
+
+def test_a_data_set_is_fetched_into_a_new_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert rwkvflow(monkeypatch, "data", "fetch", "owner/name", str(folder)) == 1
+    assert f"{folder}: something is there already" in capsys.readouterr().err
