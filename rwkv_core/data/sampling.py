@@ -19,7 +19,8 @@ from rwkv_core.data.rows import Reading, Rows
 from rwkv_core.tokenizer import END
 
 LONGER = 1.25
-"""How many times as long as the shortest of a group the longest may be."""
+"""How many times as long as the shortest of a group the longest may be. Each group costs its own start, and what fills it up
+costs tokens: benchmarks/data.py measures both."""
 
 
 class Group(NamedTuple):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rwkv_core.data.binidx import Documents, Writer
+from rwkv_core.errors import InputError
 from rwkv_core.evaluate import FEWEST, Scores, compare, held_out_prompts, score
 from rwkv_core.models.state import BlockState, mount
 from rwkv_core.tokenizer import Tokenizer, world
@@ -77,6 +78,39 @@ def test_score_after_a_state_does_not_depend_on_how_it_is_cut(ctx_len, batch, ti
     other = score(tiny, documents, LETTERS, ctx_len=ctx_len, batch=batch, state=tuned_of(tiny))
     for x, y in zip(one, other, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip_first", [False, True])
+def test_masked_tokens_are_read_and_not_scored(skip_first, tiny, documents, monkeypatch):
+    """Loss and bytes are those of the learned tokens, after all that stands before them."""
+    masks = [np.arange(len(documents[i])) % 3 == i % 3 for i in range(len(documents))]
+    masks[3][:] = False
+    whole = score(tiny.eval(), documents, LETTERS, ctx_len=7, batch=3)
+    monkeypatch.setattr(Documents, "learned", lambda self, i: masks[i])
+    scores = score(tiny, documents, LETTERS, ctx_len=7, batch=3, skip_first=skip_first)
+    for i in range(len(documents)):
+        tokens, mask = documents[i].tolist(), masks[i].copy()
+        mask[:skip_first] = False
+        with torch.no_grad():
+            logits = tiny(torch.tensor([[0, *tokens[:-1]]]))[0][0].double()
+        nll = -torch.log_softmax(logits, -1)[range(len(tokens)), tokens].numpy()
+        assert scores.nats[i] == pytest.approx(nll[mask].sum(), rel=1e-5)
+        assert scores.tokens[i] == mask.sum()
+        assert scores.bytes[i] == sum(len(TABLE[t]) for t, learned in zip(tokens, mask, strict=True) if learned)
+    assert scores.tokens[3] == scores.nats[3] == 0
+    assert whole.tokens[3] > 0
+
+
+def test_documents_without_a_learned_token_are_left_out_and_counted(some):
+    losses, tokens = some
+    some_tokens = np.where(np.arange(60) % 5 == 0, 0, tokens)
+    scored = some_tokens > 0
+    result = judge(scores(losses, some_tokens), scores(0.9 * losses, some_tokens))
+    alone = judge(scores(losses[scored], tokens[scored]), scores(0.9 * losses[scored], tokens[scored]))
+    assert (result["documents"], result["documents_not_scored"]) == (48, 12)
+    assert {**result, "documents_not_scored": 0} == alone
+    with pytest.raises(InputError, match="60 held-out documents: none has a token that is learned"):
+        judge(scores(losses, 0 * tokens), scores(losses, 0 * tokens))
 
 
 @pytest.mark.parametrize(("ctx_len", "batch"), [(1, 1), (5, 8), (16, 2), (1000, 3), (1000, 100)])

@@ -159,7 +159,7 @@ def test_what_documents_lose_is_told(tuned):
     assert cut > 0
     assert (metrics["documents_cut"], metrics["tokens_left_out"]) == (cut, lost)
     assert (
-        f"train.ctx_len = 40 cuts {cut} of {len(sizes)} documents off: {lost} tokens are left out in every epoch"
+        f"train.rows = pad with ctx_len = 40 cuts {cut} of {len(sizes)} documents off: {lost} tokens are left out in"
         in tuned.said["train"]
     )
     assert metrics["valid_loss"] < metrics["valid_loss_before"]

@@ -342,7 +342,7 @@ ROWS = {
     "pack": {"rows": "pack"},
     "pack, carried": {"rows": "pack", "carry_state": True},
     "chunk": {"rows": "chunk", "ctx_len": 9},
-    "chunk, carried": {"rows": "chunk", "carry_state": True, "ctx_len": 9},
+    "chunk, carried": {"rows": "chunk", "carry_state": True, "ctx_len": 4},
     "magic_prime": {"rows": "magic_prime", "order": "as_given"},
     "stream, mixed": {"mix": {"all": "0.75x"}},
     "stream, long_first": {"order": "long_first"},
