@@ -95,6 +95,7 @@ class DataConfig(Config):
     """Texts that become one token each, by World's free numbers: {<tool>: 65530}. Train their rows: adapter.also."""
 
     parts: tuple[PartConfig, ...] = Field(min_length=1)
+    """Which files are read, and how: the first part whose pattern matches a file has it."""
 
     refused: float = Field(ge=0, lt=1)
     """Share of the rows that may be unusable. They are listed in refused.jsonl; if there are more, the stage fails."""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from rwkv_core import checkpoint
 from rwkv_core.formats import web_rwkv
 
-STAGES = ["prepare", "train", "merge", "evaluate", "export"]
+STAGES = ["prepare", "preview", "train", "merge", "evaluate", "export"]
 
 
 def ran(output):

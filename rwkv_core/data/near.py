@@ -23,6 +23,10 @@ BANDS, ROWS = 20, 6
 HASHES = BANDS * ROWS
 """A similarity of 0.8 makes some band agree with probability 1 - (1 - 0.8^6)^20 = 0.998, 0.4 with 0.08, 0.2 with 0.001."""
 
+TRIED = 16
+"""Likely documents that one is compared with exactly, at most."""
+
+_BUCKET = 64  # documents of one band that are looked at
 _ERROR = 0.04  # standard error of an estimate, the most that it is for long documents
 
 Signature = npt.NDArray[np.uint16]
@@ -101,7 +105,7 @@ class Index:
         for (keys, order), key in zip(self._bands, _keys(signature.reshape(BANDS, ROWS)), strict=True):
             first = int(keys.searchsorted(key))
             if first < len(keys) and keys[first] == key:
-                found.append(order[first : int(keys.searchsorted(key, side="right"))])
+                found.append(order[first : min(int(keys.searchsorted(key, side="right")), first + _BUCKET)])
         if not found:
             return np.zeros(0, np.int64), np.zeros(0)
         places = np.unique(np.concatenate(found))
@@ -117,19 +121,21 @@ class Index:
     def nearest(
         self, tokens: Tokens, signature: Signature, held_out: Callable[[int], Tokens], least: float
     ) -> tuple[int, float] | None:
-        """The most similar document and its exact similarity, if that is `least` or more.
+        """A document whose exact similarity is `least` or more, and how much it is; the likeliest are tried first.
 
         Args:
             tokens: a document.
             signature: its own.
             held_out: the tokens of the document of a number.
-            least: the similarity that is looked for. Only what the estimate does not rule out is compared.
+            least: the similarity that is looked for. Of what the estimate does not rule out, TRIED are compared: where
+                thousands of documents have a frame in common, each would go through all others.
         """
         documents, estimates = self.candidates(signature)
-        likely = documents[estimates >= least - 4 * _ERROR].tolist()
-        exact = [similarity(tokens, held_out(document)) for document in likely]
-        best = max(range(len(exact)), key=exact.__getitem__, default=None)
-        return None if best is None or exact[best] < least else (likely[best], exact[best])
+        for document in documents[estimates >= least - 4 * _ERROR][:TRIED].tolist():
+            exact = similarity(tokens, held_out(document))
+            if exact >= least:
+                return document, exact
+        return None
 
 
 def _band(signatures: npt.NDArray[np.uint16], band: int) -> npt.NDArray[np.uint16]:

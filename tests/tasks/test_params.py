@@ -94,7 +94,10 @@ def test_mistakes_in_a_section_of_several_kinds_are_named_without_the_kind(edite
 
 
 def test_a_name_unlike_any_lists_what_there_is(edited):
-    assert "the names here are source, tokenizer, holdout" in message(edited(("  holdout:", "  zzz: 1\n  holdout:")))
+    assert (
+        "the names here are source, tokenizer, special_tokens, parts, refused, holdout, processes, cluster"
+        in message(edited(("  holdout:", "  zzz: 1\n  holdout:")))
+    )
 
 
 @pytest.mark.parametrize("section", ["data", "adapter", "train", "evaluate", "export", "tracking", "model"])

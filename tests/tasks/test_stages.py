@@ -23,7 +23,9 @@ from rwkv_core.files import sha256
 def done(tmp_path_factory):
     """A project in which every stage has run, in order."""
     project = make(tmp_path_factory.mktemp("done"))
-    project.said = {name: project.stage(name).stdout for name in ("prepare", "train", "merge", "evaluate", "export")}
+    project.said = {
+        name: project.stage(name).stdout for name in ("prepare", "preview", "train", "merge", "evaluate", "export")
+    }
     return project
 
 
@@ -107,7 +109,9 @@ def tuned(request, tmp_path_factory):
     project.set(adapter=request.param, train__rows="pad", train__ctx_len=40, train__epochs=6)
     if request.param is STATE:
         project.set(train__optimizer__lr=0.5, train__optimizer__lr_final=0.05)
-    project.said = {name: project.stage(name).stdout for name in ("prepare", "train", "merge", "evaluate", "export")}
+    project.said = {
+        name: project.stage(name).stdout for name in ("prepare", "preview", "train", "merge", "evaluate", "export")
+    }
     return project
 
 
@@ -168,7 +172,7 @@ def test_what_documents_lose_is_told(tuned):
 
 @pytest.mark.slow
 def test_the_same_inputs_make_the_same_bytes(done, fresh):
-    for name in ("prepare", "train", "merge", "evaluate", "export"):
+    for name in ("prepare", "preview", "train", "merge", "evaluate", "export"):
         fresh.stage(name)
     before, after = files(done), files(fresh)
     varying = {"outputs/train/run.json", "outputs/train/metrics.json"}  # times and speeds
@@ -202,7 +206,7 @@ def bad_inputs():
     yield "prepare", lambda p: (p.root / "mine/corpus.jsonl").unlink(), ["mine/corpus.jsonl", "correct data.source"]
     yield "prepare", source(b""), ["0 rows", "give it rows"]
     yield "prepare", source(b'{"text": "a"}\n{"text": "b" "c"}\n'), ["corpus.jsonl:2:14", "is not JSON"]
-    yield "prepare", source(b'{"text": "a"}\n{"txt": "b"}\n'), ["corpus.jsonl:2", "'txt'", '"text"']
+    yield "prepare", source(b'{"text": "a"}\n{"txt": "b"}\n'), ["corpus.jsonl:2", "'txt'", "columns says what"]
     yield "prepare", source('{"text": "é'.encode() + b"\xff" + b'"}\n'), ["corpus.jsonl:1:12", "0xff", "UTF-8"]
     yield "prepare", setting(data__holdout__fraction=2.0), ["data.holdout.fraction = 2.0", "less than 1"]
     yield "prepare", setting(data__holdout__fraction=1e-9), ["none of them on the valid side", "data.holdout.fraction"]
@@ -245,7 +249,7 @@ def test_bad_input_is_one_message_exit_code_1_and_nothing_lost(fresh, stage, dam
     assert not (fresh.root / "executed").exists()
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train", "merge", "evaluate", "export"])
+@pytest.mark.parametrize("stage", ["prepare", "preview", "train", "merge", "evaluate", "export"])
 def test_a_full_disk_is_explained_and_leaves_the_previous_outputs(fresh, stage):
     """No file may grow past 1 kB: what a write to a full disk raises, raised by the kernel."""
     before = files(fresh)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from rwkv_core.data.near import HASHES, Index, signature, similarity
+from rwkv_core.data.near import HASHES, TRIED, Index, signature, similarity
 
 
 def copies(rng, tokens, wanted):
@@ -79,6 +79,23 @@ def test_the_nearest_is_told_by_its_exact_similarity():
     assert tell[0.7] == tell[0.76] == 0 < tell[0.84] <= tell[0.9]
     stranger = rng.integers(1, 65536, 300)
     assert index.nearest(stranger, signature(stranger), held_out.__getitem__, 0.1) is None
+
+
+def test_a_frame_that_all_have_in_common_costs_each_only_some_comparisons():
+    rng = np.random.default_rng(6)
+    frame = rng.integers(1, 65536, 300)
+    held_out = [np.append(frame, rng.integers(1, 65536, 100)) for _ in range(2000)]
+    index = Index(np.stack([signature(x) for x in held_out]))
+    asked = []
+
+    def tokens(document):
+        asked.append(document)
+        return held_out[document]
+
+    other = np.append(frame, rng.integers(1, 65536, 100))
+    assert index.nearest(other, signature(other), tokens, 0.7) is None
+    assert 0 < len(asked) <= TRIED
+    assert index.nearest(held_out[1234], signature(held_out[1234]), tokens, 1.0) == (1234, 1.0)
 
 
 @pytest.mark.parametrize("tokens", [[], [0], [7, 0], [1, 2, 3, 0], [1, 2, 3, 4, 0]])

@@ -2,6 +2,7 @@ import csv
 import functools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -431,12 +432,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     """In kB: from two shards on, three times the text, and no more than some MB for keys and the heap's holes."""
     from data_settings import ROOT
 
-    peaks = []
+    peaks, draw = [], random.Random(0)
     for megabytes in (6, 18):
         source, out = tmp_path / f"{megabytes}.jsonl", tmp_path / f"{megabytes}"
         with source.open("w") as file:
-            for i in range(megabytes * 250):
-                file.write(json.dumps({"text": f"{i} " + "The eagle flew over the sea and came back. " * 93}) + "\n")
+            for _ in range(megabytes * 250):
+                file.write(json.dumps({"text": " ".join(map(str, draw.choices(range(1000, 10_000), k=800)))}) + "\n")
         command = [sys.executable, "-c", PEAK, str(source), str(out), str(ROOT)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))

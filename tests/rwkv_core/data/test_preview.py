@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_core.data import preview
 from rwkv_core.data.binidx import Documents, Writer
-from rwkv_core.data.preview import Bar, Counts, histogram
+from rwkv_core.data.preview import Bar, Counts, Findings, histogram, read_findings
 from rwkv_core.tokenizer import END, bytes_tokenizer, world
 
 STATES = {"mark": "learned", "s": "cut"}
@@ -91,9 +91,13 @@ def test_a_state_reads_one_token_more(tmp_path):
     ["<script>alert('x')</script>", "</pre></body>", "&lt;b&gt; &amp; \"'", "{{ 7 * 7 }} {% raw %}", "a\\n<!-- b"],
 )
 def test_text_is_only_ever_text(text, tmp_path):
-    finding = {"code": text, "where": text, "message": text}
+    finding = {"where": text, "message": text}
     page, raw = make(
-        tmp_path, [chat(text, text)], findings=[finding], manifest={text: {text: text}, "path": text}, side=text
+        tmp_path,
+        [chat(text, text)],
+        findings={text: Findings(1, [finding])},
+        manifest={text: {text: text}, "path": text},
+        side=text,
     )
     assert "".join(shown for _, _, shown in page.documents[0]).count(text) == 2
     assert page.text.count(text) >= 6
@@ -173,7 +177,7 @@ def test_of_a_long_document_the_ends_and_the_cut_are_shown(tmp_path):
 
 
 def test_nothing_to_show(tmp_path):
-    page, _ = make(tmp_path, [], findings=[])
+    page, _ = make(tmp_path, [], findings={})
     assert (page.documents, "There are none." in page.text, "None: no row" in page.text) == ([], True, True)
     page, _ = make(tmp_path, [([], None, 1.0)])
     assert page.documents == [[]]
@@ -181,9 +185,10 @@ def test_nothing_to_show(tmp_path):
 
 
 def test_findings_are_by_code_the_most_frequent_first(tmp_path):
-    findings = [{"code": "colon-blank", "where": f"a.jsonl:{i}", "message": "is said"} for i in range(12)]
-    findings.insert(3, {"code": "end-text", "where": "b.jsonl:9", "message": "is said too"})
-    page, _ = make(tmp_path, [chat("a", "b")], findings=findings)
+    rows = [f"colon-blank,a.jsonl:{i},1,is said" for i in range(12)]
+    rows.insert(3, "end-text,b.jsonl:9,7,is said too")
+    (tmp_path / "lints.csv").write_text("\n".join(["code,where,character,message", *rows]))
+    page, _ = make(tmp_path, [chat("a", "b")], findings=read_findings(tmp_path / "lints.csv"))
     assert re.findall(r"(colon-blank|end-text)(\d+)", page.text) == [("colon-blank", "12"), ("end-text", "1")]
     assert re.findall(r"[ab]\.jsonl:\d+", page.text) == ["a.jsonl:0", "a.jsonl:1", "a.jsonl:2", "b.jsonl:9"]
 
