@@ -236,9 +236,6 @@ class _Row:
     def __str__(self) -> str:
         return f"fields {', '.join(map(repr, itertools.islice(self._fields, 12))) or 'none'}"
 
-    def __contains__(self, known: Column) -> bool:
-        return self.named(known) in self._fields
-
     def get(self, known: Column) -> Any:
         return self._fields.get(self.named(known))
 
@@ -250,10 +247,10 @@ def _form(row: _Row, part: PartConfig) -> tuple[Column, ...]:
     """The first form whose fields the row has; where columns names some of a form's, that form."""
     named = [form for form in _FORMS if any(known in part.columns for known in form)]
     for form in named or _FORMS:
-        if all(known in row for known in form):
+        if all(row.get(known) is not None for known in form):
             return form
     known = "; ".join(" and ".join(form) for form in _FORMS)
-    raise Unusable(f"{row}: a row has {known}, or columns says what these are called")
+    raise Unusable(f"{row}: a row has {known}, none of them null, or columns says what these are called")
 
 
 def _weight(value: Any) -> float:

@@ -56,6 +56,7 @@ FORMS = {
     "turns": (said("1", "2", "3", "4"), "User: 1\n\nAssistant: 2\n\nUser: 3\n\nAssistant: 4"),
     "other fields": ({**said("Hi", "Hello."), "id": 7, "source": "x"}, CHAT),
     "most structured first": ({**said("Hi", "Hello."), "text": "t", "prompt": "p", "completion": "c"}, CHAT),
+    "nulls are not there": ({"messages": None, "prompt": None, "completion": None, "text": CHAT}, CHAT),
     "half a form is none": ({"text": CHAT, "prompt": "p", "instruction": "i"}, CHAT),
 }  # fmt: skip
 
@@ -125,10 +126,11 @@ def test_columns_name_the_fields():
 
 
 BAD = {
-    "no fields": ({}, "fields none: a row has messages; conversations; instruction and output; .*; text, or columns says"),
+    "no fields": ({}, "fields none: a row has messages; conversations; instruction and output; .*; text, none of them null, or columns says"),
     "unknown fields": ({"content": "a", "id": 1}, "fields 'content', 'id': a row has"),
     "text": ({"text": 5}, "text is int: must be a text"),
-    "null": ({"text": None}, "text is null: must be a text"),
+    "null": ({"text": None}, "fields 'text': a row has messages; .*, none of them null"),
+    "null beside": ({"question": "a", "answer": None}, "fields 'question', 'answer': a row has"),
     "empty": ({"text": " \n"}, "the text is empty: nothing"),
     "answer": ({"question": "a", "answer": 4}, "answer is int: must be a text"),
     "no list": ({"messages": "hi"}, "messages: must be a list of messages"),
