@@ -126,7 +126,8 @@ def test_columns_name_the_fields():
 
 
 BAD = {
-    "no fields": ({}, "fields none: a row has messages; conversations; instruction and output; .*; text, none of them null, or columns says"),
+    "no fields": ({},
+        "fields none: a row has messages; conversations; instruction and output; .*; text, none of them null, or columns says"),
     "unknown fields": ({"content": "a", "id": 1}, "fields 'content', 'id': a row has"),
     "text": ({"text": 5}, "text is int: must be a text"),
     "null": ({"text": None}, "fields 'text': a row has messages; .*, none of them null"),
