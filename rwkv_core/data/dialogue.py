@@ -203,13 +203,16 @@ def _marked(text: str, stop: str, begin: str) -> Spans:
 
 def _without(all_of: Spans, silent: Spans) -> Spans:
     """What is in `all_of` and not in `silent`."""
-    points = sorted({point for span in all_of + silent for point in span})
-    kept: list[tuple[int, int]] = []
-    for start, stop in itertools.pairwise(points):
-        if any(a <= start < b for a, b in all_of) and not any(a <= start < b for a, b in silent):
-            if kept and kept[-1][1] == start:
-                start = kept.pop()[0]
-            kept.append((start, stop))
+    steps = sorted(
+        step for some, sign in ((all_of, 1), (silent, -1)) for a, b in some for step in ((a, sign), (b, -sign))
+    )
+    kept, depth, start = list[tuple[int, int]](), 0, 0  # depth: 1 in all_of alone, else less
+    for point, here in itertools.groupby(steps, key=lambda step: step[0]):
+        before, depth = depth, depth + sum(sign for _, sign in here)
+        if before == 1 != depth:
+            kept.append((start, point))
+        elif before != 1 == depth:
+            start = point
     return tuple(kept)
 
 
@@ -228,9 +231,6 @@ class _Row:
     def __str__(self) -> str:
         return f"fields {', '.join(map(repr, itertools.islice(self._fields, 12))) or 'none'}"
 
-    def __contains__(self, known: Column) -> bool:
-        return self.named(known) in self._fields
-
     def get(self, known: Column) -> Any:
         return self._fields.get(self.named(known))
 
@@ -242,21 +242,22 @@ def _form(row: _Row, part: PartConfig) -> tuple[Column, ...]:
     """The first form whose fields the row has; where columns names some of a form's, that form."""
     named = [form for form in _FORMS if any(known in part.columns for known in form)]
     for form in named or _FORMS:
-        if all(known in row for known in form):
+        if all(row.get(known) is not None for known in form):
             return form
     known = "; ".join(" and ".join(form) for form in _FORMS)
-    raise Unusable(f"{row}: a row has {known}, or columns says what these are called")
+    raise Unusable(f"{row}: a row has {known}, none of them null, or columns says what these are called")
 
 
 def _weight(value: Any) -> float:
     if value is None:
         return 1
-    if isinstance(value, str):  # of a CSV file
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise Unusable(f"weight = {value!r}: must be a number above 0")
-    return value
+    number = math.nan
+    if isinstance(value, str | int | float) and not isinstance(value, bool):  # CSV files have texts alone
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if not 0 < number < math.inf:
+        raise Unusable(f"weight = {str(value)[:40]!r}: must be a number above 0")
+    return number
 
 
 def _string(value: Any, name: str) -> str:
@@ -317,7 +318,9 @@ def _message(message: Any, name: str) -> _Said:
     role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise Unusable(f"{name}: {speaker!r} is no role; known are {', '.join(_SPEAKERS)}")
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    calls: Any = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if not isinstance(calls, Sequence):
+        raise Unusable(f"{name}.tool_calls is {type(calls).__name__}: must be a list")
     value = next((message[key] for key in ("content", "value") if message.get(key) is not None), None)
     content = "" if value is None and calls else _string("" if value == [] else value, f"{name}.content")
     thought = next((message[key] for key in ("reasoning_content", "thinking") if message.get(key)), None)

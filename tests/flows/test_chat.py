@@ -68,8 +68,8 @@ def test_lines_from_a_pipe_are_answered(model: Path, tmp_path: Path):
             "rwkvflow: --special <a>: must be a text and its token; write --special '<tool>=65530'\n",
         ),
         (
-            ["--special", "<a>=65530"],
-            "rwkvflow: special_tokens {'<a>': 65530}: only the World vocabulary has free ids; ",
+            ["--special", "<a>=7"],
+            "rwkvflow: special token '<a>': 7: free are 65530 to 65535, each once; ",
         ),
     ],
     ids=str,

@@ -56,6 +56,7 @@ FORMS = {
     "turns": (said("1", "2", "3", "4"), "User: 1\n\nAssistant: 2\n\nUser: 3\n\nAssistant: 4"),
     "other fields": ({**said("Hi", "Hello."), "id": 7, "source": "x"}, CHAT),
     "most structured first": ({**said("Hi", "Hello."), "text": "t", "prompt": "p", "completion": "c"}, CHAT),
+    "nulls are not there": ({"messages": None, "prompt": None, "completion": None, "text": CHAT}, CHAT),
     "half a form is none": ({"text": CHAT, "prompt": "p", "instruction": "i"}, CHAT),
 }  # fmt: skip
 
@@ -125,10 +126,12 @@ def test_columns_name_the_fields():
 
 
 BAD = {
-    "no fields": ({}, "fields none: a row has messages; conversations; instruction and output; .*; text, or columns says"),
+    "no fields": ({},
+        "fields none: a row has messages; conversations; instruction and output; .*; text, none of them null, or columns says"),
     "unknown fields": ({"content": "a", "id": 1}, "fields 'content', 'id': a row has"),
     "text": ({"text": 5}, "text is int: must be a text"),
-    "null": ({"text": None}, "text is null: must be a text"),
+    "null": ({"text": None}, "fields 'text': a row has messages; .*, none of them null"),
+    "null beside": ({"question": "a", "answer": None}, "fields 'question', 'answer': a row has"),
     "empty": ({"text": " \n"}, "the text is empty: nothing"),
     "answer": ({"question": "a", "answer": 4}, "answer is int: must be a text"),
     "no list": ({"messages": "hi"}, "messages: must be a list of messages"),
@@ -146,7 +149,7 @@ BAD = {
         r"messages\[0\]: calls f with arguments that are no JSON"),
     "message weight": ({"messages": [message("user", "a", weight=2)]}, r"messages\[0\].weight = 2: must be 0, "),
     "half a pair": ({"text": "ab\ud83e"}, r"\\ud83e at character 3: half of a surrogate pair is no character"),
-    **{f"weight {w}": ({"text": "a", "weight": w}, f"weight = {w!r}: must be a number above 0")
+    **{f"weight {w}": ({"text": "a", "weight": w}, f"weight = '{w}': must be a number above 0")
        for w in (0, -1, True, float("nan"), float("inf"), "x", {})},
 }  # fmt: skip
 
@@ -307,6 +310,44 @@ def test_marks_that_are_not_there_leave_nothing():
 def test_training_has_what_a_chat_sends():
     assert one_turn is one_turn_of_chat
     assert {turn.role for turn in turns(CHAT)} == {"User", "Assistant"} < set(ROLES)
+
+
+KEYS = [
+    "text", "messages", "conversations", "system", "tools", "instruction", "input", "output", "prompt", "completion",
+    "question", "answer", "weight", "role", "from", "content", "value", "type", "tool_calls", "function_call", "function",
+    "name", "arguments", "reasoning_content", "thinking",
+]  # fmt: skip
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["user", "assistant", "tool", "{}", "[]", "x"])
+)
+anything = st.recursive(
+    VALUES | st.text(st.characters(), max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=12,
+)
+message_like = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "function_call"])},
+    optional={key: anything for key in ("content", "tool_calls", "function_call", "thinking", "weight")},
+)
+row_like = st.dictionaries(st.sampled_from(KEYS[:13]), anything, max_size=6) | st.fixed_dictionaries(
+    {"messages": st.lists(message_like, min_size=1, max_size=3)}, optional={"tools": anything, "system": anything}
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(fields=row_like, mask=st.sampled_from(["none", "qa"]))
+def test_any_row_becomes_a_text_or_is_unusable(fields, mask):
+    try:
+        text, learned, weight = read(fields, part(mask=mask))
+    except Unusable:
+        return
+    assert text.encode().strip()
+    assert 0 < weight < float("inf")
+    assert learned is None or all(0 <= a < b <= len(text) for a, b in learned)
 
 
 SCRAPS = ["a", "Hello.", "你好。", "…", "🪿", ":** x", "：", " ", "\n", "\n\n", "\n \n", "\r\n", "User:", "\n\nUser: x",
