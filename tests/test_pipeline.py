@@ -160,7 +160,7 @@ def test_a_tuned_state_comes_and_goes_with_its_model(project):
     """The folder of the merged model is one output: what is in it depends on the method."""
     state = {"kind": "state", "state": "wkv", "layers": "all", "also": [], "load": None}
     project.set(adapter=state, train__rows="pad", train__optimizer__lr=0.1)
-    assert ran(project.dvc("repro").stdout) == ["train", "merge", "evaluate", "export"]
+    assert ran(project.dvc("repro").stdout) == ["preview", "train", "merge", "evaluate", "export"]
     assert ran(project.dvc("repro").stdout) == []
     made = [project.root / f"outputs/{name}" for name in ("merged/state.pth", "export/state.pth", "export/model.state")]
     assert all(path.exists() for path in made)

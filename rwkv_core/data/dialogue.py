@@ -136,7 +136,8 @@ def spans(text: str, part: PartConfig) -> Spans | None:
     return None
 
 
-def turns(text: str) -> list[Turn]:
+@functools.lru_cache(maxsize=4)  # reading, masking and the lints each ask for those of one text
+def turns(text: str) -> tuple[Turn, ...]:
     """The turns in a text: each begins with a role and its colon, at the text's beginning or behind a blank line.
 
     The first role that asks or answers says which others there are: what follows "Input:" in a chat is part of a turn.
@@ -144,15 +145,15 @@ def turns(text: str) -> list[Turn]:
     padded = "\n\n" + text  # so the beginning is behind a blank line as well
     first = _FIRST.search(padded)
     if first is None:
-        return []
+        return ()
     pattern, answering = _family(first[1])
     found = list(pattern.finditer(padded))
     ends = [match.start() - 2 for match in found[1:]] + [len(text)]
     stops = [match.start(1) - 2 for match in found[1:]] + [len(text)]
-    return [
+    return tuple(
         Turn(match[1], match[1] in answering, match.start(1) - 2, match.end() - 2, end, stop)
         for match, end, stop in zip(found, ends, stops, strict=True)
-    ]
+    )
 
 
 def begins_with_a_turn(text: str, found: Sequence[Turn]) -> bool:
@@ -232,7 +233,7 @@ class _Row:
         return f"fields {', '.join(map(repr, itertools.islice(self._fields, 12))) or 'none'}"
 
     def get(self, known: Column) -> Any:
-        return self._fields.get(self.named(known))
+        return self._fields.get(self.named(known) if self._columns else known)
 
     def named(self, known: Column) -> str:
         return self._columns.get(known, known)
@@ -240,7 +241,7 @@ class _Row:
 
 def _form(row: _Row, part: PartConfig) -> tuple[Column, ...]:
     """The first form whose fields the row has; where columns names some of a form's, that form."""
-    named = [form for form in _FORMS if any(known in part.columns for known in form)]
+    named = [form for form in _FORMS if any(known in part.columns for known in form)] if part.columns else ()
     for form in named or _FORMS:
         if all(row.get(known) is not None for known in form):
             return form

@@ -111,7 +111,7 @@ def lint(text: str, tokenizer: Tokenizer) -> list[Finding]:
         if "：" in text and (wide := _FULL_WIDTH.search(text)):
             at = wide.start() + wide[0].startswith("\n")
             find(Code.FULL_WIDTH_COLON, at, 'write ":" and one blank after the role')
-            said = []  # which turns there are can't be told
+            said = ()  # which turns there are can't be told
     if begins_with_a_turn(text, said):
         _lint_turns(text, said, tokenizer, find)
     return sorted(found, key=lambda finding: finding.at)

@@ -43,7 +43,7 @@ def learned_tokens(
     """
     if learned is None:
         return Mask(np.ones(len(tokens), np.bool_), 0)
-    stops = byte_lengths(tokenizer)[np.fromiter(tokens, np.int64, len(tokens))].cumsum()
+    stops = byte_lengths(tokenizer)[np.asarray(tokens, None if len(tokens) else np.int64)].cumsum()
     points, total = _in_bytes(text, [point for span in learned for point in span], tokenizer.normalizes)
     length = int(stops[-1]) if len(stops) else 0
     if length != total:

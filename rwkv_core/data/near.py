@@ -10,7 +10,7 @@ Source: Li, Owen and Zhang, One Permutation Hashing, 2012; Shrivastava, Optimal 
 Hashing, 2017; the bands are of Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,23 +35,39 @@ Signature = npt.NDArray[np.uint16]
 _RANDOM = np.random.Generator(np.random.PCG64(5))  # constants: the same at every start
 _FACTORS = [np.uint64(x | 1) for x in _RANDOM.integers(0, 2**64, RUN, np.uint64)]
 _PAD = 2**32  # is no token
-_EDGES = -(-(np.arange(HASHES, dtype=np.uint64) << np.uint64(32)) // np.uint64(HASHES)).astype(np.uint32)
+_NOTHING = np.uint64(2**32)  # no hash is as large
 _DONORS = _RANDOM.permuted(np.tile(np.arange(HASHES), (HASHES, 1)), axis=1)
 """Of each range, the order in which it asks the others."""
 
 
 def signature(tokens: Tokens) -> Signature:
     """What a document is known by: 16 bits for each of HASHES ranges. A document below RUN tokens is one run."""
-    hashes = np.sort((_runs(tokens) >> np.uint64(32)).astype(np.uint32))
-    places = np.searchsorted(hashes, _EDGES)
-    ends = np.append(places[1:], len(hashes))
-    kept = hashes[np.minimum(places, len(hashes) - 1)].astype(np.uint16)  # their low bits: the high ones are small
-    empty = places == ends
-    if empty.any():
-        asked = _DONORS[empty]
-        donors = asked[np.arange(len(asked)), np.argmin(empty[asked], axis=1)]
-        kept[empty] = kept[donors]
-    return kept
+    made: Signature = signatures([tokens])[0]
+    return made
+
+
+def signatures(documents: Sequence[Tokens]) -> npt.NDArray[np.uint16]:
+    """The signatures of several documents, (D, HASHES): many small ones cost less together."""
+    count = len(documents)
+    kept = np.full(count * HASHES, _NOTHING, np.uint64)
+    if not count:
+        return kept.astype(np.uint16).reshape(0, HASHES)
+    runs = [_runs(tokens) for tokens in documents]
+    hashes = np.concatenate(runs) >> np.uint64(32)
+    places = (hashes * np.uint64(HASHES) >> np.uint64(32)).view(np.int64)
+    places += np.repeat(np.arange(count) * HASHES, [len(some) for some in runs])
+    np.minimum.at(kept, places, hashes)
+    wanting = np.flatnonzero(kept == _NOTHING)
+    rows, columns = np.divmod(wanting, HASHES)
+    values = kept.copy()
+    for turn in range(HASHES):  # each asks one other range after the other, till one has something
+        if not len(wanting):
+            break
+        asked = values[rows * HASHES + _DONORS[columns, turn]]
+        kept[wanting] = asked
+        still = asked == _NOTHING
+        wanting, rows, columns = wanting[still], rows[still], columns[still]
+    return kept.astype(np.uint16).reshape(count, HASHES)  # their low bits: the high ones are small
 
 
 def similarity(a: Tokens, b: Tokens) -> float:

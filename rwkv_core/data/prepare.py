@@ -36,6 +36,8 @@ from rwkv_core.tokenizer import END, Tokenizer, named
 Pool = Callable[[int], AbstractContextManager[Executor]]
 """Gives, for so many shards, what runs them."""
 
+_TOGETHER = 64  # documents whose signatures are made at a time
+
 _WEEK = 7 * 86400.0
 """Seconds after which shards that nobody came back for are removed."""
 
@@ -139,7 +141,8 @@ class _Side:
         self.facts: dict[str, int] = {"documents": 0, "tokens": 0, "learned": 0, "bytes": 0, "longest": 0}
         self.lengths: Counter[int] = Counter()
         self.keys = list[bytes]()
-        self.signatures = list[near.Signature]()
+        self.signatures = list[npt.NDArray[np.uint16]]()
+        self.waiting = list[Tokens]()
         self.where = list[str]()
         self._near = data.holdout.near_duplicates is not None
         self._prefix = folder / side
@@ -157,15 +160,21 @@ class _Side:
         self.keys.append(key)
         self.where.append(where)
         if self._near:
-            self.signatures.append(near.signature(tokens[:-1]))
+            self.waiting.append(tokens[:-1])
+            if len(self.waiting) == _TOGETHER:
+                self._sign()
+
+    def _sign(self) -> None:
+        self.signatures.append(near.signatures(self.waiting))
+        self.waiting.clear()
 
     def close(self) -> dict[str, Any]:
         """Write what the joining needs beside the binidx; the facts."""
         self.writer.close()
         np.save(beside(self._prefix, "keys"), np.frombuffer(b"".join(self.keys), "<u8"))
         if self._near:
-            signatures = np.stack(self.signatures) if self.signatures else np.zeros((0, near.HASHES), np.uint16)
-            np.save(beside(self._prefix, "near"), signatures)
+            self._sign()
+            np.save(beside(self._prefix, "near"), np.concatenate(self.signatures))
         beside(self._prefix, "where").write_text(json.dumps(self.where, ensure_ascii=False), encoding="utf-8")
         return self.facts | {"lengths": self.lengths}
 
@@ -259,7 +268,7 @@ def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":
     learned, straddling = None, 0
     if content.learned is not None:
         learned = np.ones(len(tokens), bool)  # the end always is
-        learned[:-1], straddling = learned_tokens(tokenizer, ids, content.text, content.learned)
+        learned[:-1], straddling = learned_tokens(tokenizer, tokens[:-1], content.text, content.learned)
     return _Document(tokens, learned, content.weight, raw, straddling, findings)
 
 

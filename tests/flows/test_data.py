@@ -77,6 +77,9 @@ def test_the_preview_is_a_page_and_bars(
         for i in range(count):
             writer.add([*world().encode(TEXTS[0] * (i + 1)), END], None if i else np.zeros(9, bool))
         writer.close()
+    (folder / "outputs/data/lints.csv").write_text(
+        "code,where,character,message\nmojibake,novel.jsonl:7,3,read it again\n"
+    )
     (folder / "outputs/data/manifest.json").write_text('{"source": {"path": "novel.jsonl"}}')
     assert rwkvflow(monkeypatch, "data", "preview", "--count", "4") == 0
     said = capsys.readouterr().out
@@ -87,7 +90,7 @@ def test_the_preview_is_a_page_and_bars(
     assert max(len(bar) for _, bar, _ in bars) == 40
     page = (folder / "preview.html").read_text(encoding="utf-8")
     assert page.count("<article>") == 4  # the last is the longest
-    assert "novel.jsonl" in page
+    assert "novel.jsonl:7" in page
     assert rwkvflow(monkeypatch, "data", "preview", "--side", "valid", "--out", "sub/v.html") == 0
     assert (folder / "sub/v.html").read_text(encoding="utf-8").count("<article>") == 3
 
