@@ -25,7 +25,8 @@ def prepare() -> None:
     """data.source -> outputs/data: token files with masks and weights, what was refused, lints, manifest.json, metrics.json."""
     data = load().data
     work = main_root(Path.cwd()) / WORK
-    manifest = prepare_data(data, stage.DATA, work, functools.partial(_pool, data), _Progress())
+    alone = data.cluster is None and _processes(data) == 1
+    manifest = prepare_data(data, stage.DATA, work, None if alone else functools.partial(_pool, data), _Progress())
     source, holdout = manifest["source"], manifest["holdout"]
     told = [
         f"{manifest[side]['documents']} documents of {manifest[side]['tokens']} tokens in {side}, "
@@ -43,11 +44,15 @@ def prepare() -> None:
         print(f"not read: {name}, which no pattern of data.parts matches")
 
 
+def _processes(data: DataConfig) -> int:
+    return data.processes or processes.cores()
+
+
 @contextmanager
 def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
     """What runs so many shards: the cluster's workers, or processes of this machine."""
     if data.cluster is None:
-        with processes.pool(min(data.processes or processes.cores(), shards)) as executor:
+        with processes.pool(min(_processes(data), shards)) as executor:
             yield executor
         return
     if importlib.util.find_spec("distributed") is None:
