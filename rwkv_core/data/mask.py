@@ -53,12 +53,14 @@ def learned_tokens(
     mask = np.zeros(len(tokens), np.bool_)
     if not points:
         return Mask(mask, 0)
-    before = np.searchsorted(stops, points)  # the token that ends at a point, or in which it lies
-    first = np.where(points, before + 1, 0).tolist()  # that begins there, or after it
+    before = np.searchsorted(stops, points).tolist()  # the token that ends at a point, or in which it lies
+    first = [
+        token + 1 if point else 0 for token, point in zip(before, points, strict=True)
+    ]  # begins there, or after it
     for begin, end in zip(first[::2], first[1::2], strict=True):
         mask[begin:end] = True
-    inside = (stops[before] != points) & (np.asarray(points) > 0)
-    return Mask(mask, len(np.unique(before[inside])))
+    inside = {token for token, point in zip(before, points, strict=True) if point and stops[token] != point}
+    return Mask(mask, len(inside))
 
 
 @functools.lru_cache(maxsize=4)
