@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 from flows.graph import Stage
 from tasks.mirror import RUN_TAG
 from tasks.record import FILE, circumstances
-from tasks.stage import OUTPUTS, answers
+from tasks.stage import MANIFEST, OUTPUTS, PREVIEW, answers
 
 KEY = "pipeline-report"
 
@@ -30,6 +30,7 @@ def markdown(stages: Sequence[Stage], states: Mapping[str, State[object]]) -> st
     parts = [
         _table(("stage", "state", ""), [(s.name, *_state(states[s.name])) for s in stages]),
         *(_metrics(path) for stage in stages for path in stage.metrics if path.is_file()),
+        *_data(),
         f"Git commit: {_commit()}",
     ]
     tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -52,6 +53,21 @@ def _metrics(path: Path) -> str:
         return f"{path.name}: is not JSON: {error}"
     name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return _table((str(name), "value"), list(_rows(values)))
+
+
+def _data() -> Iterator[str]:
+    """How long the training documents are, what is likely wrong with the rows, and where the page is that shows them."""
+    try:
+        manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
+        lengths, lints = manifest["train"]["lengths"], manifest["lints"]
+    except (OSError, ValueError, KeyError):
+        return
+    yield _table(("tokens up to", "documents"), [(most, str(count)) for most, count in lengths.items()])
+    if lints:
+        yield _table(("likely wrong", "rows"), [(code, str(count)) for code, count in lints.items()])
+    page = (PREVIEW / "preview.html").absolute()
+    if page.is_file():
+        yield f"What is learned, token by token: `{page}`"
 
 
 def _rows(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

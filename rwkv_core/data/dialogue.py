@@ -390,7 +390,8 @@ def _kept(text: str, part: PartConfig) -> str:
     for turn in found:
         given = text[turn.begin : turn.end]
         content = given.strip()
-        changed = _BLANK_LINES.sub("\n", content) if part.blank_lines == "collapse" else content
+        collapses = part.blank_lines == "collapse" and "\n" in content
+        changed = _BLANK_LINES.sub("\n", content) if collapses else content
         if turn.role == "Assistant":
             changed = _thoughts(changed, part)
         if changed != content:

@@ -51,3 +51,19 @@ def test_an_mlflow_that_is_away_does_not_hold_the_run_up(repository: Path, monke
     start = time.monotonic()
     assert f"Training in MLflow: [all runs]({away})" in markdown([], {})
     assert time.monotonic() - start < 5
+
+
+def test_the_data_s_lengths_and_faults_are_there(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    from flows.report import markdown
+
+    monkeypatch.chdir(repository)
+    assert "likely wrong" not in markdown([], {})
+    folder = repository / "outputs/data"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"train": {"lengths": {"64": 7}}, "lints": {"mojibake": 3}}))
+    (repository / "outputs/preview").mkdir()
+    (repository / "outputs/preview/preview.html").write_text("")
+    text = markdown([], {})
+    assert "| tokens up to | documents |\n| --- | --- |\n| 64 | 7 |" in text
+    assert "| mojibake | 3 |" in text
+    assert f"`{repository / 'outputs/preview/preview.html'}`" in text
