@@ -184,6 +184,8 @@ def current_parts(
     data = {value for value in flat(read_json(outputs / "data" / "manifest.json")).values() if _is_hash(value)}
     if not data or data & {value for value in flat(record.data).values() if _is_hash(value)}:
         parts.append("data")
+        if (outputs / "preview").is_dir():
+            parts.append("preview")
     base = record.base.get("sha256")
     later = {adapter, merged} if state is None else {adapter, state}
     for part, makers in (("merged", {adapter}), ("evaluate", later), ("export", later)):

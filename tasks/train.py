@@ -147,7 +147,8 @@ def _record(
         started=time.time(),
         params=params.model_dump(mode="json"),
         base={"path": str(params.model.base), "sha256": base_sha256, **shape},
-        data=manifest["source"] | {side: manifest[side]["tokens"] for side in ("train", "valid")},
+        data={name: manifest["source"][name] for name in ("path", "sha256", "rows")}
+        | {side: manifest[side]["tokens"] for side in ("train", "valid")},
     )
     record.write(folder)
 
