@@ -4,7 +4,7 @@ In each, 0 marks the end of a document and has no bytes. A table of the bytes of
 
 World: at each byte, the longest vocabulary entry that the remaining bytes begin with. 65529 entries have the ids 1 to 65529.
 They come with the `pyrwkv-tokenizer` package, whose encoder is used: it is thirty times as fast as one in Python. Its decoder
-is not: it aborts on half a character. The table checks the encoder when the tokenizer is loaded.
+is not: it aborts on half a character. The table checks the encoder before its first text.
 
 Pile: the byte-level BPE of GPT-NeoX-20B, from the 20B_tokenizer.json that its user has, encoded by the `tokenizers` package.
 """
@@ -119,25 +119,33 @@ def digest(table: Sequence[bytes]) -> str:
 
 @functools.cache
 def world() -> Tokenizer:
-    """The World tokenizer.
+    """The World tokenizer. Its encoder, which takes 240 MB, is there from the first text on, and checked then.
 
     Raises:
-        WorldError: the package is missing, its vocabulary is not the published one, or its encoder disagrees with it.
+        WorldError: the package is missing, or its vocabulary is not the published one; or, from `encode`, its encoder disagrees
+            with it.
     """
     spec = importlib.util.find_spec("pyrwkv_tokenizer")
     if spec is None or spec.origin is None:
         raise WorldError(
             "pyrwkv_tokenizer", "the World vocabulary comes with it", "pip install pyrwkv-tokenizer==0.9.1"
         )
-    from pyrwkv_tokenizer import RWKVTokenizer
-
     file = Path(spec.origin).with_name(_VOCABULARY)
-    tokenizer = Tokenizer(read_vocabulary(file), RWKVTokenizer().encode)
+    table = read_vocabulary(file)
+
+    @functools.cache
+    def encoder() -> Callable[[str], list[int]]:
+        from pyrwkv_tokenizer import RWKVTokenizer
+
+        encode: Callable[[str], list[int]] = RWKVTokenizer().encode
+        reference = greedy_encoder(table)
+        if any(encode(probe) != reference(probe) for probe in _PROBES):
+            raise WorldError("pyrwkv_tokenizer", "does not encode greedily", "install pyrwkv-tokenizer==0.9.1 anew")
+        return encode
+
+    tokenizer = Tokenizer(table, lambda text: encoder()(text))
     if tokenizer.digest != _DIGEST:
         raise WorldError(str(file), "is not the published World vocabulary", "install pyrwkv-tokenizer==0.9.1 anew")
-    reference = greedy_encoder(tokenizer.table)
-    if any(tokenizer.encode(probe) != reference(probe) for probe in _PROBES):
-        raise WorldError("pyrwkv_tokenizer", "does not encode greedily", "install pyrwkv-tokenizer==0.9.1 anew")
     return tokenizer
 
 

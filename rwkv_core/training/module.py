@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.head_loss import head_loss, token_nll
 from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch, Group
+from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
 from rwkv_core.training.schedule import learning_rate
@@ -126,6 +127,9 @@ class Training(pl.LightningModule):
         """Mean cross-entropy of the targets in `batches`, in nats a token, as training computes it but without dropout.
 
         All targets count the same, whatever their weights.
+
+        Raises:
+            InputError: there are none.
         """
         nats, tokens, lanes = 0.0, 0, Lanes()
         self.eval()
@@ -136,6 +140,12 @@ class Training(pl.LightningModule):
                     nats += float(token_nll(features, self.model.head.now(), targets).double().sum())
                     tokens += batch.learned
         self.train()
+        if not tokens:
+            raise InputError(
+                f"train.validate_rows = {self._config.validate_rows}",
+                "none of their tokens is learned, so there is no loss to measure",
+                "measure more rows, raise ctx_len, or see the masks in outputs/preview",
+            )
         return nats / tokens
 
     def note_step(self, step: int) -> dict[str, float]:

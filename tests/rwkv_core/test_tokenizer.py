@@ -105,8 +105,11 @@ def test_an_encoder_that_is_not_greedy_is_refused(monkeypatch):
             return [world().table.index(bytes([byte])) for byte in text.encode()]
 
     monkeypatch.setattr(pyrwkv_tokenizer, "RWKVTokenizer", Bytewise)
-    with pytest.raises(WorldError, match="does not encode greedily"):
-        world.__wrapped__()
+    tokenizer = world.__wrapped__()
+    assert tokenizer.decode([33, 11]) == " \n"  # who only decodes does not wait for it
+    for _ in range(2):
+        with pytest.raises(WorldError, match="does not encode greedily"):
+            tokenizer.encode("a")
 
 
 def test_a_damaged_vocabulary_file_is_refused(tmp_path):

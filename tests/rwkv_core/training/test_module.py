@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from documents import config, documents
 from random_models import VERSIONS, make
@@ -11,6 +12,7 @@ from kernels.head_loss import IGNORE
 from rwkv_core.adapters.state import give
 from rwkv_core.data.rows import rows
 from rwkv_core.data.sampling import MicroBatches
+from rwkv_core.errors import InputError
 from rwkv_core.models.state import BlockState
 from rwkv_core.training.module import Training
 
@@ -215,3 +217,13 @@ def test_masked_tokens_are_read():
     for i, size in enumerate(SIZES):
         assert group.inputs[i, 1:size].tolist() == data[i].tolist()[:-1]
         assert (group.targets[i, :size] != IGNORE).tolist() == MASKS[i]
+
+
+def test_held_out_rows_of_which_nothing_is_learned_have_no_loss():
+    data = documents([6, 4], masks=[[False] * 6, [False] * 4])
+    settings = config("pad", 8, validate_rows=2)
+    module = training(make(), settings)
+    module.trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    batches = MicroBatches(rows(data, settings, None), 2, 1, 2)
+    with pytest.raises(InputError, match="none of their tokens is learned"):
+        module.held_out_loss([batches[0]])
