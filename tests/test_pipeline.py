@@ -1,5 +1,6 @@
 """The pipeline whole, as DVC runs it, without any server."""
 
+import csv
 import json
 import re
 import sys
@@ -105,7 +106,7 @@ def test_a_failed_stage_keeps_what_was_there(project):
 def test_experiments_are_run_and_compared(project):
     assert ran(project.dvc("exp", "run", "-n", "wider", "-S", "adapter.rank=4").stdout) == STAGES[2:]
     table = project.dvc("exp", "show", "--csv").stdout
-    header, *rows = [line.split(",") for line in table.splitlines()]
+    header, *rows = csv.reader(table.splitlines())
     assert any("wider" in row for row in rows)
     assert any("adapter.rank" in name for name in header)
     assert any("tuned.loss" in name for name in header)
