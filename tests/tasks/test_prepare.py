@@ -49,6 +49,7 @@ def dask(folder):
             scheduler.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_cluster_prepares_the_same_bytes(tmp_path):
     project = make(tmp_path / "project")
     rows = project.root / "mine/corpus.jsonl"
@@ -67,6 +68,7 @@ def test_a_cluster_prepares_the_same_bytes(tmp_path):
     assert {file.name: file.read_bytes() for file in outputs.iterdir()} == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense"])
 def test_a_cluster_that_is_not_there_is_explained(address, tmp_path):
     project = make(tmp_path / "project")

@@ -33,7 +33,7 @@ def test_the_exact_similarity_is_that_of_sets(tokens, kinds):
         assert similarity(a, b) == exact(a, b)
 
 
-@pytest.mark.parametrize("tokens", [20, 60, 300, 3000])
+@pytest.mark.parametrize("tokens", [20, 60, 300, pytest.param(3000, marks=pytest.mark.slow)])
 def test_found_and_passed_over_as_often_as_the_bands_say(tokens):
     rng = np.random.default_rng(1)
     for wanted, least, most in ((0.2, 0, 0.02), (0.4, 0, 0.15), (0.8, 0.98, 1), (0.9, 1, 1), (1.0, 1, 1)):

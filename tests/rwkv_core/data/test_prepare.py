@@ -380,6 +380,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_it_goes_on_and_leaves_no_process(tmp_path):
     source = write(tmp_path / "x.jsonl", [{"text": f"row {i} " + "of many words " * 40} for i in range(1500)])
     from data_settings import ROOT
