@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from rwkv_core.data import preview as page
 from rwkv_core.data.binidx import SIDES, Documents
 from rwkv_core.files import whole_folder, write_json
@@ -48,11 +46,8 @@ def write(path: Path, params: Params, side: str, samples: int) -> None:
 
 def lost(documents: Documents, params: Params) -> dict[str, int]:
     """What is beyond ctx_len of rows that are one document each; nothing, where rows are made otherwise."""
-    if params.train.rows not in page.CUT:
-        return {"documents_cut": 0, "tokens_cut": 0}
-    limit = params.train.ctx_len + (params.adapter.state != "none")
-    beyond = np.maximum(documents.sizes.astype(np.int64) - limit, 0)
-    return {"documents_cut": int(np.count_nonzero(beyond)), "tokens_cut": int(beyond.sum())}
+    limit = page.most_read(params.train.rows, params.train.ctx_len, params.adapter.state != "none")
+    return dict(zip(("documents_cut", "tokens_cut"), page.beyond(documents, limit), strict=True))
 
 
 if __name__ == "__main__":

@@ -115,13 +115,25 @@ def histogram(sizes: Tokens) -> list[Bar]:
     return [Bar((1 << k - 1) + 1 if k else 0, 1 << k, int(counts[k])) for k in range(int(there[0]), int(there[-1]) + 1)]
 
 
+def most_read(rows: str, ctx_len: int, after_state: bool) -> int | None:
+    """Tokens of a document that are read, where the others are cut off; None: all are read. See `write`."""
+    return ctx_len + after_state if rows in CUT else None
+
+
+def beyond(documents: Documents, limit: int | None) -> tuple[int, int]:
+    """How many documents have more than `limit` tokens, and how many tokens those have after them; None: none."""
+    longer = left = 0
+    if limit is not None:
+        for at in range(0, len(documents), _PIECE):
+            over = np.maximum(documents.sizes[at : at + _PIECE].astype(np.int64) - limit, 0)
+            longer, left = longer + int(np.count_nonzero(over)), left + int(over.sum())
+    return longer, left
+
+
 def count(documents: Documents, limit: int | None) -> Counts:
     """What becomes of all tokens, where those of a document after its first `limit` are cut off; None: none are."""
     total, number = documents.tokens, len(documents)
-    cut = 0
-    if limit is not None:
-        pieces = (documents.sizes[at : at + _PIECE].astype(np.int64) for at in range(0, number, _PIECE))
-        cut = sum(int(np.maximum(sizes - limit, 0).sum()) for sizes in pieces)
+    cut = beyond(documents, limit)[1]
     if not documents.has_mask:
         return Counts(total - cut, 0, cut, number)
     looked_at = np.arange(number) if number <= _EXACT else _spread(number, _EXACT)
@@ -161,7 +173,7 @@ def write(
         manifest: what is known of the data: tables by their title. What is neither text nor number in them is passed over.
         findings: by code; None: nobody has looked.
     """
-    limit = ctx_len + after_state if rows in CUT else None
+    limit = most_read(rows, ctx_len, after_state)
     lengths = histogram(documents.sizes)
     page.write(
         path,
@@ -171,10 +183,7 @@ def write(
         documents=len(documents),
         counts=count(documents, limit),
         longest=int(documents.sizes.max()) if len(documents) else 0,
-        beyond=sum(
-            int((documents.sizes[at : at + _PIECE] > (limit or ctx_len)).sum())
-            for at in range(0, len(documents), _PIECE)
-        ),
+        beyond=beyond(documents, limit or ctx_len)[0],
         ctx_len=ctx_len,
         rows=rows,
         cuts=limit is not None,
