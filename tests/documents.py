@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from train_settings import train_config
 
-from rwkv_core.config import TrainConfig
 from rwkv_core.data.binidx import Documents, Writer
 
 
@@ -39,13 +39,5 @@ def documents(sizes, *, masks=None, weights=None):
 
 def config(rows, ctx_len, **changes):
     """Settings of train that rows are made by."""
-    values = {
-        "ctx_len": ctx_len, "rows": rows, "order": "as_given" if rows == "magic_prime" else "shuffled", "carry_state": False,
-        "mix": {}, "micro_batch": 1, "accumulate": 1, "epochs": 1.0, "steps": None, "tokens": None, "precision": "fp32",
-        "l2_wrap": 0.0, "validate_every": 1, "validate_rows": 1, "checkpoint_every": 1,
-        "optimizer": {
-            "lr": 0.01, "lr_final": 0.01, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "betas": (0.9, 0.99),
-            "eps": 1e-8, "grad_clip": 0.0,
-        },
-    }  # fmt: skip
-    return TrainConfig(**(values | changes))
+    order = "as_given" if rows == "magic_prime" else "shuffled"
+    return train_config(**{"ctx_len": ctx_len, "rows": rows, "order": order} | changes)

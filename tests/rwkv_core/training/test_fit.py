@@ -5,10 +5,11 @@ import pytest
 import stored
 import torch
 from methods import EXAMPLES
+from train_settings import train_config
 
 from kernels.head_loss import IGNORE
 from rwkv_core.adapters import attach, trained_state
-from rwkv_core.config import LoraConfig, StateConfig, TrainConfig
+from rwkv_core.config import LoraConfig, StateConfig
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.data.rows import rows
 from rwkv_core.data.sampling import MicroBatches, tokens_of
@@ -32,7 +33,7 @@ def settings(optimizer=None, **changes):
         "lr": 0.02, "lr_final": 0.002, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01,
         "betas": (0.9, 0.99), "eps": 1e-18, "grad_clip": 1.0,
     }  # fmt: skip
-    return TrainConfig(**(values | changes), optimizer=course | (optimizer or {}))
+    return train_config(**(values | changes), optimizer=course | (optimizer or {}))
 
 
 @pytest.fixture

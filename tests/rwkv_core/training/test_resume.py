@@ -9,19 +9,18 @@ from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 import torch
+from train_settings import train_settings
 
 from rwkv_core import checkpoint, models
 from rwkv_core.data.binidx import Writer
 
-SETTINGS = {
-    "ctx_len": 8, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 2,
-    "accumulate": 3, "epochs": 2.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 1e-4,
-    "validate_every": 3, "validate_rows": 4, "checkpoint_every": 4,
-    "optimizer": {
+SETTINGS = train_settings(
+    micro_batch=2, accumulate=3, epochs=2.0, l2_wrap=1e-4, validate_every=3, validate_rows=4, checkpoint_every=4,
+    optimizer={
         "lr": 0.02, "lr_final": 0.001, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01,
         "betas": (0.9, 0.99), "eps": 1e-18, "grad_clip": 0.5,
     },
-}  # fmt: skip
+)  # fmt: skip
 FORWARDS = 43
 STEPS = 15
 SCRIPT = str(Path(__file__).with_name("run.py"))

@@ -1,0 +1,57 @@
+"""What a run can be told, as closed, immutable, typed sections of params.yaml.
+
+Types, ranges and meanings live here; values live in params.yaml only, so no field has a default. Nothing in here
+imports torch: a mistake in params.yaml is reported before anything slow is loaded.
+"""
+
+from rwkv_core.config.data import Column, DataConfig, HoldoutConfig, PartConfig
+from rwkv_core.config.model import (
+    AdapterConfig,
+    BatConfig,
+    BoneConfig,
+    FullConfig,
+    LoraConfig,
+    ModelConfig,
+    Patterns,
+    PeftConfig,
+    PissaConfig,
+    StateConfig,
+)
+from rwkv_core.config.result import EvaluateConfig, ExportConfig, SampleConfig, TrackingConfig
+from rwkv_core.config.section import Config
+from rwkv_core.config.train import (
+    ContextConfig,
+    GuardsConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SavesConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "BatConfig",
+    "BoneConfig",
+    "Column",
+    "Config",
+    "ContextConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FullConfig",
+    "GuardsConfig",
+    "HoldoutConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PartConfig",
+    "Patterns",
+    "PeftConfig",
+    "PissaConfig",
+    "SampleConfig",
+    "SavesConfig",
+    "StateConfig",
+    "TrackingConfig",
+    "TrainConfig",
+]
