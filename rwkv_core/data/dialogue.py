@@ -147,13 +147,12 @@ def turns(text: str) -> tuple[Turn, ...]:
     if first is None:
         return ()
     pattern, answering = _family(first[1])
-    found = list(pattern.finditer(padded))
-    ends = [match.start() - 2 for match in found[1:]] + [len(text)]
-    stops = [match.start(1) - 2 for match in found[1:]] + [len(text)]
-    return tuple(
-        Turn(match[1], match[1] in answering, match.start(1) - 2, match.end() - 2, end, stop)
-        for match, end, stop in zip(found, ends, stops, strict=True)
-    )
+    found, end, stop = list[Turn](), len(text), len(text)
+    for match in reversed(list(pattern.finditer(padded))):
+        role, at = match[1], match.start(1) - 2
+        found.append(Turn(role, role in answering, at, match.end() - 2, end, stop))
+        end, stop = match.start() - 2, at
+    return tuple(reversed(found))
 
 
 def begins_with_a_turn(text: str, found: Sequence[Turn]) -> bool:
@@ -235,6 +234,13 @@ class _Row:
     def get(self, known: Column) -> Any:
         return self._fields.get(self.named(known) if self._columns else known)
 
+    def has(self, form: Sequence[Column]) -> bool:
+        """Whether none of them is null. A loop, for `all` of a generator takes three times as long, and each row asks."""
+        for known in form:  # noqa: SIM110
+            if self.get(known) is None:
+                return False
+        return True
+
     def named(self, known: Column) -> str:
         return self._columns.get(known, known)
 
@@ -243,7 +249,7 @@ def _form(row: _Row, part: PartConfig) -> tuple[Column, ...]:
     """The first form whose fields the row has; where columns names some of a form's, that form."""
     named = [form for form in _FORMS if any(known in part.columns for known in form)] if part.columns else ()
     for form in named or _FORMS:
-        if all(row.get(known) is not None for known in form):
+        if row.has(form):
             return form
     known = "; ".join(" and ".join(form) for form in _FORMS)
     raise Unusable(f"{row}: a row has {known}, none of them null, or columns says what these are called")

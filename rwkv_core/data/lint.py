@@ -68,12 +68,10 @@ _MOJIBAKE = re.compile(
     rf"|Â[£§©®°±²³µ·º¼½¾]|(?<=[0-9.,])Â\u00a0|(?:[Â-ß][{_ON}]){{3}}|(?:[à-ï][{_ON}]{{2}}){{2}}"
 )
 
-# The bytes that each of these has, for a text without them costs a tenth so: a character from Â to ð right before another
-# that is not ASCII; a control character; U+FFFD; 锟斤拷.
-_MAYBE = [
-    re.compile(sign)
-    for sign in (rb"\xc3[\x82-\xb0][\xc2-\xe2]", rb"\xc2[\x80-\x9f]", rb"\xef\xbf\xbd", "锟斤拷".encode())
-]
+# What each of these has, for a text without them costs a twentieth so: in bytes, a character from Â to ð right before another
+# that is not ASCII, or a control character; else one of two signs.
+_MAYBE = [re.compile(sign) for sign in (rb"\xc3[\x82-\xb0][\xc2-\xe2]", rb"\xc2[\x80-\x9f]")]
+_SIGNS = ("\ufffd", "锟斤拷")
 
 _STOP = 261
 r"""World's "\n\n", at which llama.cpp ends an RWKV model's answer."""
@@ -106,7 +104,8 @@ def lint(text: str, tokenizer: Tokenizer) -> list[Finding]:
     if len(data.translate(None, _CONTROLS)) < len(data) and (control := _CONTROL.search(text)):
         find(Code.CONTROL, control.start(), "take the control character out")
     if len(data) > len(text):
-        if any(sign.search(data) for sign in _MAYBE) and (misread := _MOJIBAKE.search(text)):
+        maybe = any(sign in text for sign in _SIGNS) or any(sign.search(data) for sign in _MAYBE)
+        if maybe and (misread := _MOJIBAKE.search(text)):
             find(Code.MOJIBAKE, misread.start(), "read the source by the encoding it was written in")
         if "：" in text and (wide := _FULL_WIDTH.search(text)):
             at = wide.start() + wide[0].startswith("\n")

@@ -43,7 +43,7 @@ def learned_tokens(
     """
     if learned is None:
         return Mask(np.ones(len(tokens), np.bool_), 0)
-    stops = byte_lengths(tokenizer)[np.asarray(tokens, None if len(tokens) else np.int64)].cumsum()
+    stops = byte_lengths(tokenizer).take(np.asarray(tokens, None if len(tokens) else np.int64)).cumsum()
     points, total = _in_bytes(text, [point for span in learned for point in span], tokenizer.normalizes)
     length = int(stops[-1]) if len(stops) else 0
     if length != total:
@@ -53,7 +53,7 @@ def learned_tokens(
     mask = np.zeros(len(tokens), np.bool_)
     if not points:
         return Mask(mask, 0)
-    before = np.searchsorted(stops, points).tolist()  # the token that ends at a point, or in which it lies
+    before = stops.searchsorted(points).tolist()  # the token that ends at a point, or in which it lies
     first = [
         token + 1 if point else 0 for token, point in zip(before, points, strict=True)
     ]  # begins there, or after it

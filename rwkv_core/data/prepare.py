@@ -246,10 +246,9 @@ def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":
     Raises:
         Unusable: nothing can be learned from it.
     """
-    ids: Sequence[int] | Tokens
     given = row.fields.get("tokens")
     if isinstance(given, np.ndarray):
-        ids = given
+        tokens = np.append(given, END).astype(np.uint16)
         most = int(given.max(initial=0))
         if most >= len(tokenizer.table):
             raise Unusable(f"token {most}: the tokenizer has {len(tokenizer.table)}")
@@ -261,10 +260,9 @@ def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":
     else:
         content = read(row.fields, part)
         raw = content.text.encode()
-        ids = tokenizer.encode(content.text)
+        ids = [*tokenizer.encode(content.text), END]
+        tokens = np.fromiter(ids, np.uint16, len(ids))
     findings = lint(content.text, tokenizer)
-    tokens = np.empty(len(ids) + 1, np.uint16)
-    tokens[:-1], tokens[-1] = ids, END
     learned, straddling = None, 0
     if content.learned is not None:
         learned = np.ones(len(tokens), bool)  # the end always is
