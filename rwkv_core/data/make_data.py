@@ -4,7 +4,6 @@ Source: BlinkDL/RWKV-LM, RWKV-v5/make_data.py; Abel2076/json2binidx_tool, tools/
 """
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rwkv_core.data.binidx import Documents, Writer
+from rwkv_core.data.readers import Refused, jsonl
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
 from rwkv_core.tokenizer import END, Tokenizer
@@ -80,9 +80,8 @@ def _encode(
     source: Path, prefix: Path, dtype: Literal["uint16", "int32"], tokenizer: Tokenizer, *, empty: bool
 ) -> None:
     """Write the rows in order. `empty`: a row without text is a document too, of END alone."""
-    writer, number = Writer(prefix, dtype, beside=False), 0
-    for number, text in _texts(source):
-        where = f"{source}:{number}"
+    writer, where = Writer(prefix, dtype, beside=False), ""
+    for where, text in _texts(source):
         if not (text or empty):
             raise InputError(where, "json2binidx makes no document of a text without characters", "remove the line")
         try:
@@ -94,35 +93,19 @@ def _encode(
                 f"{where}: {text[:40]!r}", "its tokens are not its text", "give the tokenizer that can say it"
             )
         writer.add([*tokens, END])
-    if not number:
+    if not where:
         raise InputError(str(source), "has no rows", 'give lines of {"text": ...}')
     writer.close()
 
 
-def _texts(source: Path) -> Iterator[tuple[int, str]]:
-    """The texts of a .jsonl file, and their lines' numbers."""
+def _texts(source: Path) -> Iterator[tuple[str, str]]:
+    """Where each row of a .jsonl file is, and its text."""
     if not source.is_file():
         raise InputError(str(source), 'must be a .jsonl file, one {"text": ...} a line', "correct the path")
-    with source.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            where = f"{source}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                row = json.loads(line.rstrip())
-                text = row["text"]
-                text.encode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where}: {error.reason}", "the file must be UTF-8", "convert it to UTF-8") from None
-            except UnicodeEncodeError:
-                raise InputError(where, "half of a surrogate pair is no character", "write the whole pair") from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{where}:{error.colno}", f"is not JSON ({error.msg})", "write one JSON object a line"
-                ) from None
-            except (KeyError, TypeError, AttributeError):
-                raise InputError(where, 'a row is an object with a string "text"', "add it, or drop the line") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-                raise InputError(where, f"can't be read ({error})", "write one flat JSON object a line") from None
-            yield number, text
+    for row in jsonl(source, str(source), "", 0, source.stat().st_size, 1):
+        if isinstance(row, Refused):
+            raise InputError(row.where, row.reason, 'write one {"text": ...} a line, in UTF-8')
+        text = row.fields.get("text")
+        if not isinstance(text, str):
+            raise InputError(row.where, 'a row is an object with a string "text"', "add it, or drop the line")
+        yield row.where, text

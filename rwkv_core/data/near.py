@@ -129,11 +129,6 @@ class Index:
         best = np.argsort(-estimates, kind="stable")
         return self._documents[places[best]], estimates[best]
 
-    def matches(self, signature: Signature) -> tuple[int, float] | None:
-        """The likeliest document and its estimated similarity; None where no band agrees."""
-        documents, estimates = self.candidates(signature)
-        return (int(documents[0]), float(estimates[0])) if len(documents) else None
-
     def nearest(
         self, tokens: Tokens, signature: Signature, held_out: Callable[[int], Tokens], least: float
     ) -> tuple[int, float] | None:

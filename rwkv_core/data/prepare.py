@@ -42,12 +42,8 @@ _WEEK = 7 * 86400.0
 """Seconds after which shards that nobody came back for are removed."""
 
 
-def held_out(group: str, fraction: float) -> bool:
-    """Whether rows of `group` are kept from training: it depends on the name alone, not on the rows around it."""
-    return _held_out(hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest(), fraction)
-
-
-def _held_out(digest: bytes, fraction: float) -> bool:
+def held_out(digest: bytes, fraction: float) -> bool:
+    """Whether a group is kept from training, by the SHA-256 of its name alone: not by the rows around it."""
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
@@ -232,7 +228,7 @@ def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
             key = digest = hashlib.sha256(document.text).digest()
             if value is not None:
                 digest = hashlib.sha256(str(value).encode("utf-8", "surrogateescape")).digest()
-            sides[SIDES[_held_out(digest, holdout.fraction)]].add(document, key[:8], row.where)
+            sides[SIDES[held_out(digest, holdout.fraction)]].add(document, key[:8], row.where)
             for finding in document.findings:
                 lints[finding.code] += 1
                 table.writerow((finding.code, row.where, finding.at + 1, finding.message))
