@@ -30,6 +30,7 @@ from rwkv_core.files import sha256
 from rwkv_core.merge import Part, merge
 from rwkv_core.tokenizer import named
 from rwkv_core.training.fit import fit
+from rwkv_core.training.optimizers import groups
 from tasks import stage
 from tasks.params import load
 
@@ -96,8 +97,8 @@ def train(name: str, steps: int, lr: float | None) -> dict[str, float]:
     attach(model, adapter, params.seed, originals=checkpoint.read(params.model.base))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        groups = model.parameter_groups(config.optimizer.lr, config.optimizer.weight_decay)
-        result = fit(model, groups, lessons, test, config, seed=params.seed, folder=path, log=lambda *_: None)
+        learned = groups(model, config.optimizer)
+        result = fit(model, learned, lessons, test, config, seed=params.seed, folder=path, log=lambda *_: None)
         record = AdapterRecord(
             format=1, adapter=adapter, quantize=how["quantize"], base_sha256=sha256(params.model.base), data_sha256=None,
             vocabulary_sha256=None, run=None,

@@ -18,6 +18,7 @@ from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.tokenizer import VOCAB_SIZE
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import fit
+from rwkv_core.training.optimizers import groups
 from tasks import params, stage
 
 _VALID = 0.02
@@ -38,7 +39,7 @@ def pretrain() -> None:
         prepare(_plain(source), Path(data, "out"), Path(data, "work"))
         result = fit(
             model,
-            model.parameter_groups(optimizer.lr, optimizer.weight_decay),
+            groups(model, optimizer),
             rows(Documents(Path(data, "out/train")), settings.train, settings.seed),
             rows(Documents(Path(data, "out/valid")), settings.train, None),
             settings.train,

@@ -1,5 +1,5 @@
 """The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow unmerge`,
-`rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`.
+`rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`, `rwkvflow import`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -170,6 +170,28 @@ def _write_receipt(out: Path, receipt: dict[str, Any]) -> Path:
     with whole_file(written) as temporary:
         write_json(temporary, receipt)
     return written
+
+
+@app.command(name="import")
+def import_(
+    script: Annotated[
+        Path, typer.Argument(help="The .sh that started trainings: RWKV-PEFT's, TrainChatGal's, RWKV-LM's.")
+    ],
+    tool: Annotated[
+        Literal["rwkv-peft-2025", "rwkv-peft-2026", "trainchatgal", "rwkv-lm"] | None,
+        typer.Option(help="Whose script it is; its flags tell, if none."),
+    ] = None,
+) -> None:
+    """Print another trainer's script as params.yaml, and on stderr what is different: rwkvflow import OLD.sh > params.yaml"""
+    from flows.flags import TOOLS
+    from flows.import_script import import_script
+
+    letters = {name.lower().replace(" ", "-"): letter for letter, name in TOOLS.items()}
+    imported = import_script(script, Path.cwd(), letters[tool] if tool else None)
+    typer.echo(imported.yaml, nl=False)
+    typer.echo(f"{script}: a script of {imported.tool}", err=True)
+    for note in imported.notes:
+        typer.echo(f"  {note}", err=True)
 
 
 @app.command()

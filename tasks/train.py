@@ -23,6 +23,7 @@ from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import Result, fit
 from rwkv_core.training.module import History
+from rwkv_core.training.optimizers import groups
 from tasks import stage, tracking
 from tasks.params import Params, load
 from tasks.record import FILE, RunRecord, main_root
@@ -79,7 +80,7 @@ def train() -> None:
     with tracking.Live(folder, params.tracking) as live:
         result = fit(
             model,
-            model.parameter_groups(params.train.optimizer.lr, params.train.optimizer.weight_decay),
+            groups(model, params.train.optimizer),
             lessons,
             test,
             params.train,

@@ -7,8 +7,9 @@ SETTINGS = {
     "epochs": 1.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 0.0,
     "validate_every": 1, "validate_rows": 1, "checkpoint_every": 1,
     "optimizer": {
-        "lr": 0.01, "lr_final": 0.01, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "betas": (0.9, 0.99),
-        "eps": 1e-8, "grad_clip": 0.0,
+        "kind": "adamw", "lr": 0.01, "lr_final": 0.01, "schedule": "constant", "decay": None, "decay_form": None,
+        "warmup_steps": 0, "warmup_from": None, "layerwise_lr": True, "rates": {}, "weight_decay": 0.0, "betas": (0.9, 0.99),
+        "eps": 1e-8, "momentum": None, "grad_clip": 0.0,
     },
     "context": {},
     "parallel": {},

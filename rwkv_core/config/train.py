@@ -9,19 +9,40 @@ from rwkv_core.errors import InputError
 
 
 class OptimizerConfig(Config):
-    """How fast to learn: AdamW and the course of its learning rate."""
+    """How fast to learn: the optimizer, and the course of its learning rate. Formulas: docs/training.md."""
 
-    lr: float = Field(gt=0, lt=1)
+    kind: Literal["adamw", "adamw_8bit", "adamw_8bit_paged", "fused_adam", "cpu_adam", "muon"]
+    """adamw: torch's. 8bit: bitsandbytes', a quarter of its memory; paged: moved out where a GPU is full. fused_adam, cpu_adam:
+    DeepSpeed's, of GPUs and of offloading. muon: for the blocks' matrices, with adamw for all else."""
+
+    lr: float = Field(gt=0, le=1)
     """Peak learning rate, reached after warmup_steps."""
 
-    lr_final: float = Field(ge=0, lt=1)
+    lr_final: float = Field(ge=0, le=1)
     """Learning rate at the last step."""
 
-    schedule: Literal["constant", "linear", "cosine"]
-    """Course from lr to lr_final after the warm-up. constant stays at lr, and lr_final must equal it."""
+    schedule: Literal["constant", "linear", "cosine", "exponential", "wsd"]
+    """Course from lr to lr_final after the warm-up. constant stays at lr, and lr_final must equal it. exponential: RWKV-LM's,
+    by equal factors. wsd: warm-up, stable at lr, and a decay at the end."""
+
+    decay: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] | Annotated[int, Field(ge=1)] | None
+    """Of wsd: how many of the last steps it decays in, or which share of the run: 10%. Else null."""
+
+    decay_form: Literal["linear", "cosine", "exponential", "sqrt"] | None
+    """Of wsd: how it decays. sqrt: by one minus the root of the way done. Else null."""
 
     warmup_steps: int = Field(ge=0)
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Optimizer steps over which the learning rate rises linearly."""
+
+    warmup_from: Annotated[float, Field(ge=0, lt=1)] | None
+    """Share of lr that the first of them has: 0.01 in RWKV-PEFT, 0.2 in RWKV-LM. null: 1 / warmup_steps, a rise from 0."""
+
+    layerwise_lr: bool
+    """RWKV's own multiples of lr: time_decay twice, time_first three times (RWKV-4 and 5), w0 twice (RWKV-7)."""
+
+    rates: dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)]]
+    """Multiples of lr instead, by names inside a block or outside of any; the first pattern counts: {'*.lora_B': 16, emb.*: 2}.
+    Usually {}."""
 
     weight_decay: float = Field(ge=0, lt=1)
     """AdamW's decoupled decay, on matrices only."""
@@ -32,6 +53,9 @@ class OptimizerConfig(Config):
     eps: float = Field(gt=0, lt=1)
     """AdamW's term against division by zero. RWKV is pretrained with 1e-18."""
 
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None
+    """Of muon: its averaging of the matrices' gradients, usually 0.95. Else null."""
+
     grad_clip: float = Field(ge=0)
     """Largest norm of the whole gradient; longer ones are scaled down to it. 0: never."""
 
@@ -41,6 +65,30 @@ class OptimizerConfig(Config):
             raise ValueError(f"a constant schedule stays at lr = {self.lr:g}, but lr_final is {self.lr_final:g}")
         if self.lr_final > self.lr:
             raise ValueError(f"lr_final = {self.lr_final:g} is above lr = {self.lr:g}")
+        if "exponential" in (self.schedule, self.decay_form) and self.lr_final == 0:
+            raise ValueError(
+                "exponential never gets to lr_final = 0; give it a small one, or take linear as RWKV-LM does"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        for name, owner, is_its in (
+            ("decay", "schedule = wsd", self.schedule == "wsd"),
+            ("decay_form", "schedule = wsd", self.schedule == "wsd"),
+            ("momentum", "kind = muon", self.kind == "muon"),
+        ):
+            value = getattr(self, name)
+            if is_its and value is None:
+                raise ValueError(f"{owner} needs {name}, which is null")
+            if not is_its and value is not None:
+                raise ValueError(f"{name} = {value} is of {owner} alone, and null with any other")
+        if self.warmup_from is not None and not self.warmup_steps:
+            raise ValueError(
+                f"warmup_from = {self.warmup_from:g} is of a warm-up, and warmup_steps is 0; then it is null"
+            )
+        if isinstance(self.decay, str) and not 0 < float(self.decay[:-1]) <= 100:
+            raise ValueError(f"decay = {self.decay} must be above 0 % and at most 100 %")
         return self
 
 
@@ -96,8 +144,9 @@ class TrainConfig(Config):
     tokens: Annotated[int, Field(ge=1)] | None
     """Tokens read, learned or not."""
 
-    precision: Literal["fp32", "bf16"]
-    """Precision of the matrix products. The WKV state and the loss are float32 under both."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    """Precision of the matrix products; the WKV state and the loss are float32 under all. tf32: float32 with products that a
+    GPU rounds. fp16 scales the loss, and skips steps whose gradient overflows."""
 
     l2_wrap: float = Field(ge=0)
     """Pull of each position's largest logit towards 0, against overconfidence. RWKV's pretraining uses 1e-4; 0: off."""

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -184,22 +185,45 @@ class RWKV(nn.Module, ABC):
         self._order = list(tensors)
         return self
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimizer groups of the official pretraining: decay on the large matrices, `rates` for some vectors.
+    def parameter_groups(
+        self,
+        lr: float,
+        weight_decay: float,
+        *,
+        own_rates: bool = True,
+        rates: Mapping[str, float] = MappingProxyType({}),
+        muon: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The optimizer groups of the official pretraining: decay on the large matrices, multiples of lr for some vectors.
 
         What an adapter trains beside a matrix is a large matrix too. But where something is frozen, rows of tokens do not
         decay: AdamW would move those of tokens that never occur.
+
+        Args:
+            lr: of those that have no multiple.
+            weight_decay: of those that decay.
+            own_rates: the version's own multiples count.
+            rates: multiples instead of these, by the parameters' names.
+            muon: groups of the blocks' large matrices are marked "muon", and are apart from the others.
         """
         tuned = not all(p.requires_grad for p in self.parameters())
         of_tokens = {"emb.weight", "emb.values", "head.values"} if tuned else set()
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
+        own = self.rates if own_rates else {}
+        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {
+            (1.0, weight_decay, False): [],
+            (1.0, 0.0, False): [],
+        }
         for name, p in self.named_parameters():
-            rate = next((rate for end, rate in self.rates.items() if name.endswith(end)), 1.0)
+            rate = next((rate for end, rate in own.items() if name.endswith(end)), 1.0)
             owner = self.get_submodule(name.rpartition(".")[0])
-            decayed = p.squeeze().ndim >= 2 and isinstance(owner, nn.Linear | nn.Embedding) and name not in of_tokens
+            large = p.squeeze().ndim >= 2 and isinstance(owner, nn.Linear | nn.Embedding) and name not in of_tokens
+            apart = muon and large and p.ndim == 2 and name.startswith("blocks.")
             if p.requires_grad:
-                groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(p)
-        return [{"params": params, "lr": rate * lr, "weight_decay": wd} for (rate, wd), params in groups.items()]
+                groups.setdefault((rates.get(name, rate), weight_decay if large else 0.0, apart), []).append(p)
+        return [
+            {"params": params, "lr": rate * lr, "weight_decay": wd} | ({"muon": apart} if muon else {})
+            for (rate, wd, apart), params in groups.items()
+        ]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

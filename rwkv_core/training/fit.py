@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 
 from rwkv_core import memory
 from rwkv_core.config import TrainConfig
@@ -17,7 +18,7 @@ from rwkv_core.data.rows import Rows
 from rwkv_core.data.sampling import Batch, MicroBatches, extent
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.training import schedule
+from rwkv_core.training import optimizers, schedule
 from rwkv_core.training.callbacks import LAST, Checkpoints, Log, Progress, Recorder, peak_memory_mb
 from rwkv_core.training.module import History, Training
 
@@ -92,7 +93,7 @@ def fit(
         loader = torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=_From(done * config.accumulate, len(batches)), num_workers=0
         )
-        with warnings.catch_warnings(), _quiet(), memory.reused():
+        with warnings.catch_warnings(), _quiet(), memory.reused(), optimizers.products(config.precision):
             # the loader starts where the checkpoint ends, which Lightning can't see; and it needs no workers
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*|.*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*|.*isinstance.treespec.*")
@@ -113,7 +114,7 @@ def _trainer(config: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         max_epochs=1,  # Lightning's epoch is the whole run: the rows know about ours
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        **_precision(config.precision),
         accumulate_grad_batches=config.accumulate,
         callbacks=callbacks,
         logger=False,
@@ -121,6 +122,14 @@ def _trainer(config: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _precision(name: str) -> dict[str, Any]:
+    """What Lightning is told. Asked by name for fp16 on a CPU, it would take bf16; its plugin can do it."""
+    if name == "fp16":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return {"plugins": [MixedPrecision("16-mixed", device)]}
+    return {"precision": "bf16-mixed" if name == "bf16" else "32-true"}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rwkv_core.data.sampling import Batch, Group
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
+from rwkv_core.training import optimizers
 from rwkv_core.training.schedule import learning_rate
 
 History = dict[int, dict[str, float]]
@@ -158,9 +159,9 @@ class Training(pl.LightningModule):
         return row
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the groups, each at its own multiple of the scheduled rate."""
+        """The optimizer over the groups, each at its own multiple of the scheduled rate."""
         o = self._config.optimizer
-        optimizer = torch.optim.AdamW(self._groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+        optimizer = optimizers.build(self._groups, o, scaled=self._config.precision == "fp16")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(o, s, self._steps) / o.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

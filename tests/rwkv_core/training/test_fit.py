@@ -16,6 +16,7 @@ from rwkv_core.data.sampling import MicroBatches, tokens_of
 from rwkv_core.errors import InputError
 from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.training.fit import fit
+from rwkv_core.training.optimizers import groups
 
 LORA = LoraConfig(
     kind="lora", rank=4, alpha=8, dropout=0.0, dora=False, rank_stabilized=False, targets=("att.*", "ffn.*"), layers="all",
@@ -54,18 +55,21 @@ def run(data, random_model, tmp_path_factory):
     """Trains a small model, adapted unless told otherwise, and returns it with the result."""
 
     def run(
-        config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None, op="auto"
-    ):
-        model = random_model(n_layer=2, op=op).to(dtype)
+        config, *, adapter=LORA, seed=11, order=5, folder=None, log=lambda step, metrics: None, dtype=None, op="auto",
+        **sizes,
+    ):  # fmt: skip
+        model = random_model(n_layer=2, op=op, **sizes).to(dtype)
         after_state = adapter is not None and adapter.state != "none"
         if adapter is None:
-            groups = model.parameter_groups(config.optimizer.lr, config.optimizer.weight_decay)
+            learned = groups(model, config.optimizer)
         else:
             attach(model, adapter, seed=3)
-            groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.01}]
+            learned = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.01}]
+            if config.optimizer.rates:
+                learned = groups(model, config.optimizer)
         result = fit(
             model,
-            groups,
+            learned,
             rows(Documents(data / "train"), config, order, after_state=after_state),
             rows(Documents(data / "valid"), config, None, after_state=after_state),
             config,
@@ -285,6 +289,81 @@ def test_bfloat16(dtype, run):
 def test_full_training_in_bfloat16(run):
     _, result = run(settings(epochs=3.0, precision="bf16"), adapter=None)
     assert losses(result, "valid")[-1] < 0.5 * losses(result, "valid")[0]
+
+
+def scale(folder):
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    return saved["MixedPrecision"]["scale"]
+
+
+def test_float16_scales_its_loss(run, tmp_path):
+    """Two runs of it: with an adapter and without. The scale is in the checkpoint; the norms are of the gradient itself."""
+    for adapter, folder in ((LORA, tmp_path / "lora"), (None, tmp_path / "full")):
+        folder.mkdir()
+        model, result = run(settings(epochs=3.0, precision="fp16"), adapter=adapter, folder=folder)
+        _, full = run(settings(epochs=3.0), adapter=adapter)
+        assert losses(result, "valid")[-1] < 0.5 * losses(result, "valid")[0]
+        assert {x.dtype for x in bits(model).values()} == {torch.float32}
+        assert losses(result)[0] == pytest.approx(losses(full)[0], rel=0.005)
+        assert losses(result) != losses(full)
+        first, second = (r.history["train"][1]["grad_norm"] for r in (result, full))
+        assert first == pytest.approx(second, rel=0.02)
+        assert scale(folder) == 2**16
+
+
+def test_float16_skips_a_step_that_overflows(run, tmp_path):
+    """A loss wrap so strong that the scaled gradient has no end: each time the scale is halved and nothing is learned."""
+    start, _ = run(settings({"lr": 1e-30, "lr_final": 1e-30, "schedule": "constant"}, epochs=None, steps=3))
+    model, result = run(settings(epochs=None, steps=3, precision="fp16", l2_wrap=1e30), folder=tmp_path)
+    assert result.steps == 3
+    assert scale(tmp_path) == 2**13
+    assert all(not math.isfinite(row["grad_norm"]) for row in result.history["train"].values())
+    for name, x in bits(start).items():
+        torch.testing.assert_close(bits(model)[name], x)
+
+
+def test_tf32_is_float32_where_no_gpu_rounds_its_products(run):
+    _, one = run(settings())
+    before = torch.get_float32_matmul_precision()
+    _, other = run(settings(precision="tf32"))
+    assert torch.get_float32_matmul_precision() == before
+    if not torch.cuda.is_available():
+        assert losses(one) == pytest.approx(losses(other), rel=1e-2)
+
+
+KINDS = {
+    "adamw_8bit": {}, "cpu_adam": {}, "muon": {"momentum": 0.95}, "adamw": {"rates": {"*.lora_B": 4}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimizer_learns_and_continues_where_it_stopped(kind, precision, run, tmp_path):
+    """Full training, so that there are matrices that 8 bits are for; wsd, whose place is the checkpoint's too."""
+
+    def stop(step, metrics):
+        if step == 13:
+            raise Stop
+
+    optimizer = {
+        "kind": kind,
+        **KINDS[kind],
+        "schedule": "wsd",
+        "decay": "40%",
+        "decay_form": "sqrt",
+        "warmup_from": 0.01,
+    }
+    adapter = LORA if kind == "adamw" else None
+    config = settings(optimizer | {"lr": 0.01}, precision=precision)
+    sizes = {"n_embd": 64, "head_size": 16}
+    whole, first = run(config, adapter=adapter, **sizes)
+    assert losses(first, "valid")[-1] < 0.9 * losses(first, "valid")[0]
+    with pytest.raises(Stop):
+        run(config, adapter=adapter, folder=tmp_path, log=stop, **sizes)
+    continued, result = run(config, adapter=adapter, folder=tmp_path, **sizes)
+    assert result.resumed_at == 10
+    assert equal(bits(whole), bits(continued))
+    assert result.history == first.history
 
 
 def test_a_finished_run_is_taken_as_it_is(run, tmp_path, capsys):
