@@ -42,6 +42,8 @@ def train() -> None:
     """
     params = load()
     here = parallel.ranks(params.train.parallel)
+    after_state = params.adapter.state != "none"
+    parallel.check(params.train, after_state=after_state, quantized=params.model.quantize != "none")
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     base_sha256 = sha256(params.model.base)
     _check_place(params.adapter.load)
@@ -61,8 +63,6 @@ def train() -> None:
             f"{params.model.base} has a vocabulary of {model.config.vocab_size}",
             "set the tokenizer of this model",
         )
-    after_state = params.adapter.state != "none"
-    parallel.check(params.train, after_state=after_state)
     lessons, test = (
         rows(Documents(stage.DATA / side), params.train, seed, after_state=after_state, parts=of, world=here.world)
         for side, seed, of in (("train", params.seed, parts), ("valid", None, ()))

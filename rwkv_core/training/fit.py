@@ -139,20 +139,15 @@ def _trainer(config: TrainConfig, callbacks: list[pl.Callback], here: Ranks) -> 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's notices (devices, tips, defaults) are not about this run; its warnings stay."""
-    logger, processes = logging.getLogger("pytorch_lightning"), logging.getLogger("lightning_fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    processes.addFilter(_ended)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric.utilities.distributed")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        processes.removeFilter(_ended)
-
-
-def _ended(record: logging.LogRecord) -> bool:
-    """Of what is said of the processes, that one has ended."""
-    return record.levelno >= logging.WARNING or "terminated" in record.getMessage()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def measured(valid: Rows[Any], config: TrainConfig, here: Ranks = ALONE) -> Sequence[Batch]:

@@ -135,7 +135,7 @@ def ranks(config: ParallelConfig) -> Ranks:
     return Ranks(where.global_rank(), world)
 
 
-def check(config: TrainConfig, *, after_state: bool) -> None:
+def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
     """Refuse what a strategy can't train.
 
     Raises:
@@ -146,6 +146,18 @@ def check(config: TrainConfig, *, after_state: bool) -> None:
             f"train.parallel.strategy = {config.parallel.strategy}",
             "each process has a share of a block's parameters, and adapter.state is read outside the block",
             "set ddp or deepspeed_stage_2",
+        )
+    if quantized and config.parallel.shares_parameters:
+        raise InputError(
+            f"train.parallel.strategy = {config.parallel.strategy}",
+            "each process has a share of the parameters, and those of model.quantize can't be cut up",
+            "set it to none, or ddp",
+        )
+    if config.parallel.strategy == "fsdp" and config.precision == "bf16":
+        raise InputError(
+            "train.precision = bf16",
+            "fsdp has the parameters of a block end to end, in one dtype, and what is trained stays float32",
+            "set fp32, or deepspeed_stage_3",
         )
 
 
@@ -178,7 +190,7 @@ def strategy(config: TrainConfig) -> Strategy | str:
             # gradient, and no weight decay, as on one device. And the order of summing is that of the first step for ever.
             return DDPStrategy(
                 find_unused_parameters=True,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=p.bucket_mb,
             )
