@@ -12,10 +12,33 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def stop_with_parent() -> None:
-    """Be told to stop when the parent dies: a process must not live on unseen, and hold a card or a file."""
+FIRST = "RWKVFLOW_FIRST"
+"""Environment variable of the processes that a training has started beside itself: the id of the one that started them."""
+
+
+def is_first() -> bool:
+    """Whether this process speaks for those that share a training: it writes, prints and ends with the exit code.
+
+    The variables are those of torchrun, Slurm and Lightning; a process that shares nothing has none of them, or 0.
+    """
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+
+
+def stop_with_parent(number: int = signal.SIGTERM) -> None:
+    """Be sent a signal when the parent dies: a process must not live on unseen, and hold a card or a file."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def stop_with_first() -> None:
+    """As a process beside the first: be killed when it dies. One that waits for the others' part would never see a signal."""
+    first = os.environ.get(FIRST)
+    if first is None:  # torchrun or Slurm has started this one, and ends it
+        stop_with_parent()
+        return
+    stop_with_parent(signal.SIGKILL)
+    if os.getppid() != int(first):  # it died while this process was starting
+        os._exit(1)
 
 
 def cores() -> int:

@@ -9,16 +9,18 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
 from rwkv_core.errors import Interrupted, Problem
 from rwkv_core.files import explain
-from rwkv_core.processes import stop_with_parent
+from rwkv_core.processes import is_first, stop_with_first, stop_with_parent
 
 OUTPUTS = Path("outputs")
 """Everything the stages write, each into its own folder, as dvc.yaml declares it."""
@@ -40,6 +42,7 @@ NESTED = "RWKVFLOW_FLOW_RUN"
 Stage = Callable[[], None]
 
 _EX_SOFTWARE = 70  # sysexits.h
+_FIRST_SPEAKS = 5.0  # seconds
 
 
 def mounted(root: Path = Path()) -> Path | None:
@@ -53,6 +56,8 @@ def main(stage: Stage) -> NoReturn:
     The code is 0 when it is done, 1 for a problem that a person has to put right, 70 for any other failure, which may not be
     there the next time (a device that broke down, a defect of ours), and 128 + n when signal n stopped it.
     """
+    if not is_first():
+        _beside(stage)
     name = stage.__name__
     stop_with_parent()
     _tell_choices()
@@ -78,6 +83,26 @@ def main(stage: Stage) -> NoReturn:
         sys.exit(1)
     except Exception:
         _crash()
+    sys.exit(0)
+
+
+def _beside(stage: Stage) -> NoReturn:
+    """Run the stage as one of the processes of a training that are not the first: in silence, as that one speaks for all.
+
+    What stops the first one stops this one too. It ends with 0 then: who started it would end the first with any other code,
+    perhaps before that had said why.
+    """
+    stop_with_first()
+    errors = sys.stderr
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            stage()
+        except (Interrupted, KeyboardInterrupt):
+            pass
+        except BaseException:
+            time.sleep(_FIRST_SPEAKS)  # most likely the first has failed of the same, or has gone
+            traceback.print_exc(file=errors)
+            os._exit(_EX_SOFTWARE)  # not through the exits of libraries that wait for the other processes
     sys.exit(0)
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rwkv_core.data.order import Part
 from rwkv_core.data.rows import LeftOut, rows
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256, whole_file, write_json
+from rwkv_core.training import parallel
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import Result, fit
 from rwkv_core.training.module import History
@@ -36,16 +38,20 @@ def train() -> None:
     """Base and outputs/data -> outputs/train: adapter.pth, history.csv, valid.csv, metrics.json, run.json.
 
     A run that was stopped or killed continues from its last checkpoint. One with other settings, data or base does not: the
-    folder of the checkpoint is named after all of them.
+    folder of the checkpoint is named after all of them. Where several processes share the run, each is in here, and the first
+    writes.
     """
     params = load()
+    here = parallel.ranks(params.train.parallel)
+    after_state = params.adapter.state != "none"
+    parallel.check(params.train, after_state=after_state, quantized=params.model.quantize != "none")
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     base_sha256 = sha256(params.model.base)
     _check_place(params.adapter.load)
     start = warm_start.read(params.adapter, params.model.base, base_sha256, params.model.quantize)
     loaded = warm_start.digests(params.adapter)
     parts = [Part(*(part[field] for field in Part._fields)) for part in manifest["train"].get("parts", ())]
-    digest = run_digest(params, base_sha256, loaded, parts)
+    digest = run_digest(params, base_sha256, loaded, parts, here.world)
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -58,16 +64,18 @@ def train() -> None:
             f"{params.model.base} has a vocabulary of {model.config.vocab_size}",
             "set the tokenizer of this model",
         )
-    after_state = params.adapter.state != "none"
-    lessons = rows(Documents(stage.DATA / "train"), params.train, params.seed, after_state=after_state, parts=parts)
-    test = rows(Documents(stage.DATA / "valid"), params.train, None, after_state=after_state)
+    lessons, test = (
+        rows(Documents(stage.DATA / side), params.train, seed, after_state=after_state, parts=of, world=here.world)
+        for side, seed, of in (("train", params.seed, parts), ("valid", None, ()))
+    )
     originals = checkpoint.read(params.model.base) if params.model.quantize != "none" else None
     adapted = attach(model, params.adapter, params.seed, originals=originals, start=start)
     del originals, start
     trained = [p for p in model.parameters() if p.requires_grad]
     print(
         f"training {sum(p.numel() for p in trained)} parameters beside {len(adapted)} matrices of "
-        f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}; run {digest}",
+        f"RWKV-{model.config.version}, {model.config.n_layer} layers of {model.config.n_embd}; "
+        f"{f'{here.world} processes; ' if here.world > 1 else ''}run {digest}",
         flush=True,
     )
     if lessons.left_out.tokens:
@@ -76,18 +84,23 @@ def train() -> None:
             f"{len(lessons.documents)} documents off: {lessons.left_out.tokens} tokens are left out in every epoch",
             flush=True,
         )
+    learn = partial(
+        fit,
+        model,
+        groups(model, params.train.optimizer),
+        lessons,
+        test,
+        params.train,
+        seed=params.seed,
+        folder=folder,
+        here=here,
+    )
+    if here.rank:
+        learn(log=lambda step, metrics: None)
+        return
     _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
     with tracking.Live(folder, params.tracking) as live:
-        result = fit(
-            model,
-            groups(model, params.train.optimizer),
-            lessons,
-            test,
-            params.train,
-            seed=params.seed,
-            folder=folder,
-            log=live.log,
-        )
+        result = learn(log=live.log)
         write(
             stage.ADAPTER,
             without_unchanged(trained_state(model), lambda: checkpoint.read(params.model.base), dtype),
@@ -126,13 +139,15 @@ def _check_place(load: Path | None) -> None:
         )
 
 
-def run_digest(params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part]) -> str:
+def run_digest(
+    params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part], world: int
+) -> str:
     """Name of a run: everything that its result depends on. checkpoint_every is not among it, nor what files are called."""
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
     del shaping["train"]["checkpoint_every"]
     data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
-    text = json.dumps([shaping, params.model.how(), base_sha256, data, parts], sort_keys=True)
+    text = json.dumps([shaping, params.model.how(), base_sha256, data, parts, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ SETTINGS = {
         "eps": 1e-8, "momentum": None, "grad_clip": 0.0,
     },
     "context": {},
-    "parallel": {},
+    "parallel": {"strategy": "one_device", "devices": None, "nodes": 1, "bucket_mb": 25},
     "saves": {},
     "guards": {},
 }  # fmt: skip

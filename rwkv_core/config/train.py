@@ -97,7 +97,52 @@ class ContextConfig(Config):
 
 
 class ParallelConfig(Config):
-    """Which processes share a run, on one machine or several."""
+    """Which processes share a run, on one machine or several. docs/several-devices.md says what each strategy is for."""
+
+    strategy: Literal[
+        "one_device",
+        "ddp",
+        "fsdp",
+        "deepspeed_stage_1",
+        "deepspeed_stage_2",
+        "deepspeed_stage_2_offload",
+        "deepspeed_stage_3",
+        "deepspeed_stage_3_offload",
+    ]
+    """What each process holds. one_device: there is one, with all. ddp: each has all. deepspeed_stage_1 has a share of the
+    optimizer's state, _2 of the gradients too, _3 and fsdp of the parameters too. offload: the optimizer, and in stage 3 the
+    parameters, in the machine's memory."""
+
+    devices: Annotated[int, Field(ge=1)] | None
+    """Processes on each machine, one a card. null: as many as torchrun or Slurm has started, else all cards, or 1 on CPU."""
+
+    nodes: int = Field(ge=1)
+    """Machines. Where there are several, torchrun or Slurm starts the processes."""
+
+    bucket_mb: int = Field(ge=1)
+    """Gradients are sent in pieces of this size. Larger ones are fewer, and need the memory."""
+
+    @property
+    def stage(self) -> int:
+        """DeepSpeed's; 0 where it has no part in it."""
+        return int(self.strategy.split("_")[2]) if self.strategy.startswith("deepspeed") else 0
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the machine's memory has what else is on the card."""
+        return self.strategy.endswith("offload")
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether a process has a part of the parameters alone."""
+        return self.stage == 3 or self.strategy == "fsdp"
+
+    @model_validator(mode="after")
+    def _one_is_one(self) -> Self:
+        for name, value in (("devices", self.devices), ("nodes", self.nodes)):
+            if self.strategy == "one_device" and value not in (None, 1):
+                raise ValueError(f"strategy = one_device is one process, but {name} is {value}; ddp shares a run out")
+        return self
 
 
 class SavesConfig(Config):

@@ -78,19 +78,29 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     """All micro-batches of a run, by number; the run's steps are runs of `accumulate` of them."""
 
     def __init__(
-        self, rows: Rows[Any], micro_batch: int, accumulate: int, total: int, *, rank: int = 0, world: int = 1
+        self,
+        rows: Rows[Any],
+        micro_batch: int,
+        accumulate: int,
+        total: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        full: bool = False,
     ) -> None:
         """Cut the first `total` of `rows` into micro-batches of `micro_batch`; the last may be smaller.
 
         Where `world` processes share the rows, this one has every `world`-th of them, from number `rank` on: a step has the
-        same rows however micro_batch * accumulate * world is made up.
+        same rows however micro_batch * accumulate * world is made up. If `full`, the last step has as many micro-batches as
+        the others: the added ones are empty.
         """
         self._rows, self._micro_batch, self._accumulate, self._total = rows, micro_batch, accumulate, total
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._full = rank, world, full
         self._weights: dict[int, float] = {}
 
     def __len__(self) -> int:
-        return math.ceil(self._total / (self._micro_batch * self._world))
+        count = math.ceil(self._total / (self._micro_batch * self._world))
+        return math.ceil(count / self._accumulate) * self._accumulate if self._full else count
 
     @property
     def steps(self) -> int:

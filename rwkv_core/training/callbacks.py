@@ -15,10 +15,12 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch
 from rwkv_core.errors import Interrupted
-from rwkv_core.files import whole_file
+from rwkv_core.training import parallel
 from rwkv_core.training.module import Training
+from rwkv_core.training.parallel import Ranks
 
 Log = Callable[[int, dict[str, float]], None]
 """Told the number of optimizer steps done, and measurements by name."""
@@ -81,9 +83,9 @@ class Recorder(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Note the step."""
+        row = training.note_step(step)  # first: what the ranks have done is added up there
         self.seconds, self.tokens = self.seconds + self._in_step, self.tokens + training.step_tokens
         self.tokens_per_second, self._in_step = training.step_tokens / self._in_step, 0.0
-        row = training.note_step(step)
         speed = {"tokens_per_second": self.tokens_per_second, "peak_memory_mb": peak_memory_mb()}
         self._log(step, {f"train/{name}": float(value) for name, value in (row | speed).items()})
         if step % self._every == 0 or step == self._steps:
@@ -147,14 +149,13 @@ class Progress(StepCallback):
             self._bar.close()
 
 
-class Checkpoints(StepCallback):
-    """Saves the run every so many steps and when a signal asks it to stop, always between two steps."""
+class Listener(pl.Callback):
+    """Listens for signals that ask to stop. The first of the callbacks: they come at any time from here on."""
 
-    def __init__(self, folder: Path, every: int, steps: int) -> None:
-        self._path, self._every, self._steps = folder / LAST, every, steps
-        self._signal: int | None = None
+    def __init__(self, ask: Callable[[int, FrameType | None], None]) -> None:
+        self._ask = ask
 
-    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Listen for Ctrl+C and for termination, in place of Lightning, which would leave a step half done.
 
         Lightning has noted who listened before the run, and gives the signals back to them after it. Only a process's main
@@ -165,7 +166,19 @@ class Checkpoints(StepCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+
+class Checkpoints(StepCallback):
+    """Saves the run every so many steps and when a signal asks it to stop, always between two steps.
+
+    A signal may reach any of the ranks: all of them stop after the same step.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, steps: int, here: Ranks) -> None:
+        self._path, self._config, self._steps, self._here = folder / LAST, config, steps, here
+        self._signal: int | None = None
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """A signal asks to stop."""
         if self._signal is not None:  # asked twice: the last checkpoint is whole, so leave at once
             raise Interrupted(number, f"stopped at once; run again and it continues from {self._path}")
         self._signal = number
@@ -173,13 +186,15 @@ class Checkpoints(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Save where it is time, and stop where a signal asked."""
-        if step % self._every == 0 or step == self._steps or self._signal is not None:
-            with whole_file(self._path) as temporary:
-                trainer.save_checkpoint(temporary)
-        if self._signal is not None:
-            raise Interrupted(
-                self._signal, f"stopped and saved after step {step} of {self._steps}; run again to continue"
-            )
+        asked = self._here.most(self._signal or 0, training.device)
+        if step % self._config.checkpoint_every == 0 or step == self._steps or asked:
+            parallel.save(trainer, training, self._config, self._path)
+        if asked:
+            raise Interrupted(asked, f"stopped and saved after step {step} of {self._steps}; run again to continue")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave in the model what was learned, whole."""
+        parallel.leave_whole(trainer, self._config, _training(module).trained)
 
 
 def _training(module: pl.LightningModule) -> Training:

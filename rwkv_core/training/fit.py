@@ -18,9 +18,10 @@ from rwkv_core.data.rows import Rows
 from rwkv_core.data.sampling import Batch, MicroBatches, extent
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.training import optimizers, schedule
-from rwkv_core.training.callbacks import LAST, Checkpoints, Log, Progress, Recorder, peak_memory_mb
+from rwkv_core.training import optimizers, parallel, schedule
+from rwkv_core.training.callbacks import LAST, Checkpoints, Listener, Log, Progress, Recorder, peak_memory_mb
 from rwkv_core.training.module import History, Training
+from rwkv_core.training.parallel import ALONE, Ranks
 
 
 class Result(NamedTuple):
@@ -49,6 +50,7 @@ def fit(
     seed: int,
     folder: Path,
     log: Log,
+    here: Ranks = ALONE,
 ) -> Result:
     """Train what `groups` hold, in place.
 
@@ -62,17 +64,26 @@ def fit(
         config: how long, how much at a time, how fast.
         seed: of dropout; the order of the rows is `train`'s.
         folder: where the checkpoint is kept. It must belong to these settings and this data alone.
-        log: is told each step's measurements.
+        log: is told each step's measurements, on the first rank.
+        here: this process among those that share the run; Lightning starts the others.
 
     Raises:
         InputError: the settings do not fit each other or the data.
         Interrupted: a signal asked to stop; the run is saved.
         WorldError: the checkpoint can't be written.
     """
-    whole = extent(train, config)
-    batches = MicroBatches(train, config.micro_batch, config.accumulate, whole.rows)
+    if train.lanes % here.world:
+        raise InputError(
+            f"rows in {train.lanes} lanes",
+            f"{here.world} processes share them, and a lane's state is with one of them",
+            "make the rows for as many processes",
+        )
+    whole = extent(train, config, here.world)
+    batches = MicroBatches(
+        train, config.micro_batch, config.accumulate, whole.rows, **here._asdict(), full=config.parallel.stage > 0
+    )
     schedule.check(config.optimizer, batches.steps)
-    training = Training(model, groups, config, batches.steps, seed)
+    training = Training(model, groups, config, batches.steps, seed, here)
     last = folder / LAST
     share = train.learned()
     print(
@@ -81,12 +92,13 @@ def fit(
         flush=True,
     )
     done = _steps_done(last)
-    recorder = Recorder(batches.steps, measured(valid, config), config.validate_every, log)
+    recorder = Recorder(batches.steps, measured(valid, config, here), config.validate_every, log)
     with _quiet():
-        checkpoints = Checkpoints(folder, config.checkpoint_every, batches.steps)
-        trainer = _trainer(config, [recorder, Progress(recorder, batches.steps), checkpoints])
+        checkpoints = Checkpoints(folder, config, batches.steps, here)
+        shown = [Progress(recorder, batches.steps)] if here.rank == 0 else []
+        trainer = _trainer(config, [Listener(checkpoints.ask), recorder, *shown, checkpoints], here)
     if done == batches.steps:  # killed after the last step: nothing is left to do but to take what it learned
-        saved = torch.load(last, weights_only=True)
+        saved = torch.load(parallel.summary(last), weights_only=True)
         training.load_state_dict(saved["state_dict"], strict=False)
         training.on_load_checkpoint(saved)
     else:
@@ -109,51 +121,54 @@ def fit(
     )
 
 
-def _trainer(config: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
-    return pl.Trainer(
+def _trainer(config: TrainConfig, callbacks: list[pl.Callback], here: Ranks) -> pl.Trainer:
+    return parallel.trainer(
+        config,
+        here,
         max_epochs=1,  # Lightning's epoch is the whole run: the rows know about ours
-        accelerator="auto",
-        devices=1,
-        **_precision(config.precision),
+        **_precision(config),
         accumulate_grad_batches=config.accumulate,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        use_distributed_sampler=False,
     )
 
 
-def _precision(name: str) -> dict[str, Any]:
+def _precision(config: TrainConfig) -> dict[str, Any]:
     """What Lightning is told. Asked by name for fp16 on a CPU, it would take bf16; its plugin can do it."""
-    if name == "fp16":
+    if config.precision == "fp16" and not config.parallel.stage:  # DeepSpeed scales the loss itself
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return {"plugins": [MixedPrecision("16-mixed", device)]}
-    return {"precision": "bf16-mixed" if name == "bf16" else "32-true"}
+    return {"precision": {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(config.precision, "32-true")}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's notices (devices, tips, defaults) are not about this run; its warnings stay."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric.utilities.distributed")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def measured(valid: Rows[Any], config: TrainConfig) -> Sequence[Batch]:
-    """The held-out rows that are measured during training, from the front.
+def measured(valid: Rows[Any], config: TrainConfig, here: Ranks = ALONE) -> Sequence[Batch]:
+    """This rank's of the held-out rows that are measured during training, from the front.
 
     Raises:
-        InputError: in none of them is anything learned.
+        InputError: in none of them, on any rank, is anything learned.
     """
     rows = min(config.validate_rows, valid.before(1))
-    batches = MicroBatches(valid, config.micro_batch, 1, rows)
+    batches = MicroBatches(valid, config.micro_batch, 1, rows, **here._asdict())
     found = [batches[i] for i in range(len(batches))]
-    if not sum(batch.learned for batch in found):
+    if not any(batch.step_weight for batch in found):
         raise InputError(
             f"train.validate_rows = {config.validate_rows}",
             "the first held-out rows have no token that is learned",
@@ -165,7 +180,7 @@ def measured(valid: Rows[Any], config: TrainConfig) -> Sequence[Batch]:
 def _steps_done(checkpoint: Path) -> int:
     if not checkpoint.exists():
         return 0
-    steps = int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"])
+    steps = int(torch.load(parallel.summary(checkpoint), weights_only=True, mmap=True)["global_step"])
     print(f"continuing after step {steps} ({checkpoint}, saved {time.ctime(checkpoint.stat().st_mtime)})", flush=True)
     return steps
 

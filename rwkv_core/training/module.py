@@ -15,6 +15,7 @@ from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
 from rwkv_core.training import optimizers
+from rwkv_core.training.parallel import ALONE, Ranks, evened, loss_factor
 from rwkv_core.training.schedule import learning_rate
 
 History = dict[int, dict[str, float]]
@@ -57,13 +58,35 @@ class Lanes:
             for x, y in zip(kept, block, strict=True):
                 x[group.lanes] = y.detach().float()
 
+    def of_all(self, here: Ranks) -> State | None:
+        """The states of all ranks' lanes; a lane's rows are all on one rank."""
+        states = [state for state in here.all(self.state) if state is not None]
+        if here.world == 1 or not states:
+            return self.state
+        whole = max(states, key=lambda state: len(state[0].wkv))
+        whole = [BlockState(*(x.cpu().clone() for x in block)) for block in whole]
+        for rank, state in enumerate(here.all(self.state)):
+            for kept, block in zip(whole, state or [], strict=False):
+                for x, y in zip(kept, block, strict=True):
+                    x[rank : len(y) : here.world] = y[rank :: here.world].cpu()
+        return whole
+
 
 class Training(pl.LightningModule):
     """One run. Only what is trained goes into its checkpoints: the frozen base is a file already."""
 
-    def __init__(self, model: RWKV, groups: list[dict[str, Any]], config: TrainConfig, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: RWKV,
+        groups: list[dict[str, Any]],
+        config: TrainConfig,
+        steps: int,
+        seed: int,
+        here: Ranks = ALONE,
+    ) -> None:
         super().__init__()
         self.strict_loading = False
+        self._here = here
         self.model, self._groups, self._config, self._steps, self._seed = model, groups, config, steps, seed
         self.history: dict[str, History] = {"train": {}, "valid": {}}
         self.grad_norm = 0.0
@@ -71,6 +94,8 @@ class Training(pl.LightningModule):
         self.step_learned = self.step_tokens = 0
         """Tokens of the step: learned; read, learned or not."""
         self._lanes = Lanes()
+        self.trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        """Names of the parameters."""
 
     def _read(self, groups: Iterable[Group], lanes: Lanes) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the head reads, the targets, and their weights: of all groups, end to end."""
@@ -89,13 +114,16 @@ class Training(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout a function of the seed and the micro-batch, so that a continued run draws what it would have."""
-        torch.manual_seed((self._seed * 1_000_003 + batch_idx) % 2**63)
+        number = batch_idx * self._here.world + self._here.rank
+        torch.manual_seed((self._seed * 1_000_003 + number) % 2**63)
         if batch_idx % self._config.accumulate == 0:
             self.step_loss, self.step_learned, self.step_tokens = 0.0, 0, 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of its step's weighted mean cross-entropy: one number, however the step is cut up."""
         self.step_learned, self.step_tokens = self.step_learned + batch.learned, self.step_tokens + batch.tokens
+        if self._in_step_with_others:
+            batch = batch._replace(groups=evened(batch.groups, self._here, self.device))
         if not batch.groups:  # a sum of nothing, with a gradient, as Lightning wants
             return next(p for p in self.parameters() if p.requires_grad).flatten()[:0].sum()
         features, targets, weights = self._read(batch.groups, self._lanes)
@@ -111,46 +139,72 @@ class Training(pl.LightningModule):
         )
         loss = loss / (batch.step_weight or 1)  # 0, where the step has nothing to learn
         self.step_loss += float(loss.detach())
-        return loss * self._config.accumulate  # Lightning divides by it; the shares add up without
+        return loss * loss_factor(self._config, self._here.world)  # the shares add up; Lightning would average them
+
+    @property
+    def _in_step_with_others(self) -> bool:
+        """Whether the ranks meet in a forward pass, or each parameter must have a gradient on each of them."""
+        return self._config.parallel.shares_parameters or self._config.parallel.stage > 0
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip to grad_clip where it is set; measure the norm either way."""
+        if self._config.parallel.stage:  # DeepSpeed does it, in its step
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._config.parallel.strategy == "fsdp":  # of this rank's part
+            (square,) = self._here.total([float(norm) ** 2], self.device)
+            norm = torch.tensor(square**0.5, dtype=norm.dtype, device=norm.device)
         if self._config.optimizer.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.grad_clip, norm)
         self.grad_norm = float(norm)
+
+    def validation_step(self, groups: Iterable[Group], lanes: Lanes) -> Tensor:
+        """Nats of all targets of a micro-batch. Lightning's strategies know this name: the parameters are there, within."""
+        features, targets, _ = self._read(groups, lanes)
+        return token_nll(features, self.model.head.now(), targets).double().sum()
 
     @torch.no_grad()
     def held_out_loss(self, batches: Iterable[Batch]) -> float:
         """Mean cross-entropy of the targets in `batches`, in nats a token, as training computes it but without dropout.
 
-        All targets count the same, whatever their weights.
+        All targets count the same, whatever their weights. `batches` are this rank's, and the loss is that of all ranks'.
 
         Raises:
             InputError: there are none.
         """
         nats, tokens, lanes = 0.0, 0, Lanes()
+        measure: Any = self.trainer.strategy.validation_step if self._in_step_with_others else self.validation_step
         self.eval()
         with self.trainer.precision_plugin.val_step_context():
             for batch in batches:
-                if batch.groups:
-                    features, targets, _ = self._read(move_data_to_device(batch.groups, self.device), lanes)
-                    nats += float(token_nll(features, self.model.head.now(), targets).double().sum())
+                groups = move_data_to_device(batch.groups, self.device)
+                if self._in_step_with_others:
+                    groups = evened(groups, self._here, self.device)
+                if groups:
+                    nats += float(measure(groups, lanes))
                     tokens += batch.learned
         self.train()
-        if not tokens:
+        nats, learned = self._here.total([nats, tokens], self.device)
+        if not learned:
             raise InputError(
                 f"train.validate_rows = {self._config.validate_rows}",
                 "none of their tokens is learned, so there is no loss to measure",
                 "measure more rows, raise ctx_len, or see the masks in outputs/preview",
             )
-        return nats / tokens
+        return nats / learned
 
     def note_step(self, step: int) -> dict[str, float]:
         """Add the row of a finished optimizer step to the history; its `tokens` are those learned so far."""
+        if self._here.world > 1:
+            shares = [self.step_loss, self.step_learned, self.step_tokens]
+            loss, learned, tokens = self._here.total(shares, self.device)
+            self.step_loss, self.step_learned, self.step_tokens = loss, int(learned), int(tokens)
+        if self._config.parallel.stage:
+            engine: Any = self.trainer.strategy.model
+            self.grad_norm = float(engine.get_global_grad_norm())
         lr = learning_rate(self._config.optimizer, step - 1, self._steps)
         before = self.history["train"].get(step - 1)
         tokens = self.step_learned + (int(before["tokens"]) if before else 0)
@@ -167,10 +221,9 @@ class Training(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, the lanes' states, and the history."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in self.trained}
         checkpoint["history"] = self.history
-        state = self._lanes.state
+        state = self._lanes.of_all(self._here)
         checkpoint["lanes"] = None if state is None else [tuple(block) for block in state]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
