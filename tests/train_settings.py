@@ -10,7 +10,9 @@ SETTINGS = {
         "lr": 0.01, "lr_final": 0.01, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "betas": (0.9, 0.99),
         "eps": 1e-8, "grad_clip": 0.0,
     },
-    "context": {},
+    "context": {
+        "segment": None, "bptt": "exact", "parts": 1, "grad_cp": False, "initial_ctx_len": None, "ctx_warmup_steps": 0,
+    },
     "parallel": {},
     "saves": {},
     "guards": {},

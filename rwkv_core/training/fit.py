@@ -17,7 +17,7 @@ from rwkv_core.data.rows import Rows
 from rwkv_core.data.sampling import Batch, MicroBatches, extent
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.training import schedule
+from rwkv_core.training import context, schedule
 from rwkv_core.training.callbacks import LAST, Checkpoints, Log, Progress, Recorder, peak_memory_mb
 from rwkv_core.training.module import History, Training
 
@@ -71,6 +71,7 @@ def fit(
     whole = extent(train, config)
     batches = MicroBatches(train, config.micro_batch, config.accumulate, whole.rows)
     schedule.check(config.optimizer, batches.steps)
+    context.check(config.context, batches.steps)
     training = Training(model, groups, config, batches.steps, seed)
     last = folder / LAST
     share = train.learned()
