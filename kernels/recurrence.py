@@ -1,5 +1,6 @@
 """How autograd runs a recurrence: wkv4, wkv6 and wkv7 are alike in it."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,3 +37,28 @@ def differentiate(forward: Operator, backward: Operator) -> None:
         return *grads, None, None
 
     forward.register_autograd(gradients, setup_context=save)
+
+
+def in_parts(
+    run: Callable[..., tuple[Tensor, Tensor]], parts: int, sequences: Sequence[Tensor], state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A recurrence in slices of time, each from the state of the one before: what a call needs for itself is that of a slice.
+
+    Args:
+        run: (sequences, state) -> (y, state).
+        parts: how many slices at most, of one length but for the last.
+        sequences: (B, T, ...) each.
+        state: before the first step.
+
+    Returns:
+        What `run` gives of all at once.
+    """
+    steps = sequences[0].shape[1]
+    size = -(-steps // parts)
+    if size >= steps:
+        return run(*sequences, state)
+    ys = []
+    for some in zip(*(torch.split(x, size, 1) for x in sequences), strict=True):
+        y, state = run(*some, state)
+        ys.append(y)
+    return torch.cat(ys, 1), state

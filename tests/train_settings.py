@@ -11,7 +11,9 @@ SETTINGS = {
         "warmup_steps": 0, "warmup_from": None, "layerwise_lr": True, "rates": {}, "weight_decay": 0.0, "betas": (0.9, 0.99),
         "eps": 1e-8, "momentum": None, "grad_clip": 0.0,
     },
-    "context": {},
+    "context": {
+        "segment": None, "bptt": "exact", "parts": 1, "grad_cp": False, "initial_ctx_len": None, "ctx_warmup_steps": 0,
+    },
     "parallel": {"strategy": "one_device", "devices": None, "nodes": 1, "bucket_mb": 25},
     "saves": {},
     "guards": {},

@@ -93,7 +93,40 @@ class OptimizerConfig(Config):
 
 
 class ContextConfig(Config):
-    """Contexts longer than memory, and how they grow."""
+    """Contexts longer than memory, and how they grow; see docs/long-context.md."""
+
+    segment: Annotated[int, Field(ge=1)] | None
+    """Tokens of a row that are in memory at once: longer rows are read segment by segment, backwards in a second pass. The
+    gradient is that of the whole row. null: rows are read whole."""
+
+    bptt: Literal["exact"] | Annotated[int, Field(ge=1)]
+    """How far gradients go back. exact: through the whole row. A number k: they are cut at every k-th border of segments,
+    counted from the row's beginning; 1 is RWKV-PEFT's infctx."""
+
+    parts: int = Field(ge=1)
+    """Slices of time in which a layer's recurrence runs, each from the state of the one before: less memory for a moment, the
+    same gradient. TrainChatGal's ctx_parts."""
+
+    grad_cp: bool
+    """Whether the blocks' activations are made again in the backward pass, not kept."""
+
+    initial_ctx_len: Annotated[int, Field(ge=1)] | None
+    """Context that training begins with: rows are read in windows of so many tokens, each from nothing, which grow to ctx_len.
+    null: rows are whole from the first step on."""
+
+    ctx_warmup_steps: int = Field(ge=0)
+    """Optimizer steps over which the windows grow linearly to ctx_len; 0 without initial_ctx_len."""
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> Self:
+        if self.segment is None and self.bptt != "exact":
+            raise ValueError(f"bptt = {self.bptt} counts segments, and without segment there are none; say exact")
+        if (self.initial_ctx_len is None) != (self.ctx_warmup_steps == 0):
+            raise ValueError(
+                f"initial_ctx_len = {self.initial_ctx_len} and ctx_warmup_steps = {self.ctx_warmup_steps}: a warm-up of the "
+                "context has both; null and 0 are none"
+            )
+        return self
 
 
 class ParallelConfig(Config):
@@ -244,6 +277,29 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _context_makes_sense(self) -> Self:
+        c = self.context
+        if c.segment is not None and c.segment >= self.ctx_len:
+            raise ValueError(
+                f"context.segment = {c.segment} has no effect on rows of ctx_len = {self.ctx_len}; say null"
+            )
+        if c.segment is not None and c.bptt != "exact" and c.bptt * c.segment >= self.ctx_len:
+            raise ValueError(
+                f"context.bptt = {c.bptt} segments of {c.segment} are all of a row of {self.ctx_len}; say exact"
+            )
+        if c.parts > (c.segment or self.ctx_len):
+            raise ValueError(
+                f"context.parts = {c.parts} are more than the {c.segment or self.ctx_len} tokens in a graph"
+            )
+        if c.initial_ctx_len is not None and c.initial_ctx_len >= self.ctx_len:
+            raise ValueError(f"context.initial_ctx_len = {c.initial_ctx_len} must be below ctx_len = {self.ctx_len}")
+        if c.initial_ctx_len is not None and self.carry_state:
+            raise ValueError(
+                "context.initial_ctx_len cuts rows into windows read from nothing, and carry_state reads on"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mix_makes_sense(self) -> Self:
         for name, given in self.mix.items():
             if float(given[:-1]) == 0:
@@ -263,6 +319,12 @@ class TrainConfig(Config):
         if not after_state:
             return
         rule = "adapter.state stands at a document's beginning"
+        if self.context.initial_ctx_len is not None:
+            raise InputError(
+                f"train.context.initial_ctx_len = {self.context.initial_ctx_len}",
+                f"{rule}, and the windows of a growing context begin anywhere",
+                "set null, and ctx_warmup_steps: 0",
+            )
         if self.rows in ("stream", "magic_prime"):
             raise InputError(
                 f"train.rows = {self.rows}", f"{rule}, and these rows begin anywhere", "set pad, pack or chunk"

@@ -23,14 +23,16 @@ class Remake:
     itself what to keep, this does nothing. It takes the place of hooks on saved tensors that are around it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, active: bool = True) -> None:
+        """Not active, it only calls: where all of the memory is another's concern, as within a checkpoint."""
+        self._active = active
         self._hooks: saved_tensors_hooks | None = None
         self._results: dict[int, _Result] = {}
         self._packed: list[_Kept] = []
         """Kept in full since the last call began."""
 
     def __enter__(self) -> Self:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self._active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._hooks = saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
         return self

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.channel_mix import relu_squared
 from kernels.choice import Op
+from kernels.recurrence import in_parts
 from kernels.token_shift import Norm
 from kernels.wkv4 import NOTHING, wkv4
 from rwkv_core.models.initial import depth, orthogonal, put, ramp, token_shift
@@ -23,6 +24,9 @@ from rwkv_core.models.skeleton import RWKV, Linear, Shape, layers_of, mixed, vec
 
 class TimeMix(nn.Module):
     """Attention's place: reads the past through the WKV state."""
+
+    parts = 1
+    """See `RWKV.spare`."""
 
     def __init__(self, s: Shape, layer: int, op: Op) -> None:
         super().__init__()
@@ -38,7 +42,12 @@ class TimeMix(nn.Module):
         """(B, T, C), its norm, None, shift and WKV state -> output, None, shift and WKV state."""
         mus = [1 - own for own in (self.time_mix_k, self.time_mix_v, self.time_mix_r)]
         xk, xv, xr, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
-        y, state = wkv4(self.key(xk), self.value(xv), self.time_decay, self.time_first, state, op=self.op)
+        y, state = in_parts(
+            lambda k, v, state: wkv4(k, v, self.time_decay, self.time_first, state, op=self.op),
+            self.parts,
+            (self.key(xk), self.value(xv)),
+            state,
+        )
         gate = torch.sigmoid(self.receptance(xr))
         return self.output(remake(torch.mul, gate, y)), v_first, last, state
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choice import Op
+from kernels.recurrence import in_parts
 from kernels.token_shift import Norm
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put, token_shift
@@ -45,6 +46,9 @@ class Shape5(Shape):
 class TimeMix(nn.Module):
     """Attention's place: reads the past through the WKV state."""
 
+    parts = 1
+    """See `RWKV.spare`."""
+
     def __init__(self, s: Shape5, layer: int, op: Op) -> None:
         super().__init__()
         self.head_size, self.gated, self.op = s.head_size, s.gated, op
@@ -70,7 +74,11 @@ class TimeMix(nn.Module):
         mus = [1 - mu for mu in own]
         xk, xv, xr, *xg, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
         r, k, v = (z.view(batch, time, -1, self.head_size) for z in (self.receptance(xr), self.key(xk), self.value(xv)))
-        y, state = wkv6(r, k, v, self._by_channel(self.time_decay).expand_as(r), self._bonus(), state, op=self.op)
+        decay = self._by_channel(self.time_decay).expand_as(r)
+        bonus = self._bonus()
+        y, state = in_parts(
+            lambda r, k, v, w, state: wkv6(r, k, v, w, bonus, state, op=self.op), self.parts, (r, k, v, decay), state
+        )
         y = remake(self._normed, y)
         if self.gated:
             y = remake(torch.mul, y, remake(F.silu, self.gate(*xg)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels.channel_mix import relu_squared
 from kernels.choice import Op
 from kernels.linear import low_rank
+from kernels.recurrence import in_parts
 from kernels.token_shift import Norm
 from kernels.wkv6 import wkv6
 from rwkv_core.models.initial import decay_and_bonus, depth, orthogonal, position, put
@@ -35,6 +36,9 @@ class Shape6(Shape):
 
 class TimeMix(nn.Module):
     """Attention's place: reads the past through the WKV state."""
+
+    parts = 1
+    """See `RWKV.spare`."""
 
     def __init__(self, s: Shape6, layer: int, op: Op) -> None:
         super().__init__()
@@ -70,7 +74,12 @@ class TimeMix(nn.Module):
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w_raw = low_rank(xw, self.time_decay_w1, self.time_decay_w2, self.time_decay, "tanh", remake=remake)
         r, k, v, w_raw = (z.view(batch, time, -1, self.head_size) for z in (r, k, v, w_raw))
-        y, state = wkv6(r, k, v, w_raw, self.time_faaaa, state, op=self.op)
+        y, state = in_parts(
+            lambda r, k, v, w, state: wkv6(r, k, v, w, self.time_faaaa, state, op=self.op),
+            self.parts,
+            (r, k, v, w_raw),
+            state,
+        )
         y = remake(torch.mul, remake(self._normed, y), remake(F.silu, self.gate(xg)))
         return self.output(y), v_first, last, state
 

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kernels.block7 import Parameters, blocks
 from kernels.channel_mix import relu_squared
 from kernels.choice import Op, direct
 from kernels.linear import ROWS, low_rank
+from kernels.recurrence import in_parts
 from kernels.time_mix7 import prepare, readout
 from kernels.token_shift import Norm
 from kernels.wkv7 import wkv7
@@ -41,6 +43,9 @@ class Shape7(Shape):
 
 class TimeMix(nn.Module):
     """Attention's place: reads the past through the WKV state."""
+
+    parts = 1
+    """See `RWKV.spare`."""
 
     def __init__(self, s: Shape7, layer: int, op: Op) -> None:
         super().__init__()
@@ -82,7 +87,7 @@ class TimeMix(nn.Module):
         first = v if v_first is None else v_first
         k, v, a, b = remake(self._prepare, k, v, v_first, a_raw, share)
         r, w_raw = (z.unflatten(-1, (-1, self.head_size)) for z in (r, w_raw))
-        y, state = wkv7(r, w_raw, k, v, a, b, state, op=self.op)
+        y, state = in_parts(partial(wkv7, op=self.op), self.parts, (r, w_raw, k, v, a, b), state)
         return self.output(remake(self._readout, y, r, k, v, g)), first, last, state
 
     def _prepare(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.choice import Op
 from kernels.linear import linear
@@ -82,6 +83,9 @@ def mixed(x: Tensor, last: Tensor, mus: Sequence[Tensor], norm: Norm, op: Op) ->
 class Block(nn.Module):
     """Time mixing, then channel mixing, each on a residual branch. Each does its layer norm itself, on the way to its mixes."""
 
+    grad_cp = False
+    """See `RWKV.spare`."""
+
     def __init__(self, shape: Shape, layer: int, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -92,9 +96,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor | None, BlockState]:
         """(B, T, C) -> (B, T, C); also RWKV-7's value of layer 0, and the state after the last token."""
+        if not self.grad_cp or not torch.is_grad_enabled():
+            return self._run(x, v_first, state, Remake())
+        # what is within a checkpoint is made again as a whole, and Remake would keep what it needs from the checkpoint's hooks
+        made: tuple[Tensor, Tensor | None, BlockState] = checkpoint(
+            self._run, x, v_first, state, Remake(active=False), use_reentrant=False
+        )
+        return made
+
+    def _run(
+        self, x: Tensor, v_first: Tensor | None, state: BlockState, remake: Remake
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
         if self.layer == 0:
             x = self.ln0(x)
-        with Remake() as remake:
+        with remake:
             change, v_first, att_shift, wkv = self.att(x, _norm(self.ln1), v_first, state.att_shift, state.wkv, remake)
             x = x + change
             change, ffn_shift = self.ffn(x, _norm(self.ln2), state.ffn_shift, remake)
@@ -161,6 +176,18 @@ class RWKV(nn.Module, ABC):
         state = [BlockState(none, self.initial_wkv(batch), none) for _ in range(self.config.n_layer)]
         tuned = {name: p for name, p in self.named_parameters() if is_part(name)}
         return mount(state, tuned) if tuned else state
+
+    def spare(self, *, parts: int, grad_cp: bool) -> None:
+        """Take less memory in training, for more time. The gradients stay.
+
+        Args:
+            parts: slices of time in which the recurrences run; 1 is all at once. See `kernels.recurrence.in_parts`.
+            grad_cp: whether a block's backward makes all of its activations again, from its inputs.
+        """
+        blocks: Any = self.blocks
+        for block in blocks:
+            block.grad_cp = grad_cp
+            block.att.parts = parts
 
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What the head reads: tokens (B, T) int64 -> (B, T, C), and the state after the last token."""

@@ -18,7 +18,7 @@ from rwkv_core.data.rows import Rows
 from rwkv_core.data.sampling import Batch, MicroBatches, extent
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.training import optimizers, parallel, schedule
+from rwkv_core.training import context, optimizers, parallel, schedule
 from rwkv_core.training.callbacks import LAST, Checkpoints, Listener, Log, Progress, Recorder, peak_memory_mb
 from rwkv_core.training.module import History, Training
 from rwkv_core.training.parallel import ALONE, Ranks
@@ -83,6 +83,7 @@ def fit(
         train, config.micro_batch, config.accumulate, whole.rows, **here._asdict(), full=config.parallel.stage > 0
     )
     schedule.check(config.optimizer, batches.steps)
+    context.check(config.context, batches.steps)
     training = Training(model, groups, config, batches.steps, seed, here)
     last = folder / LAST
     share = train.learned()

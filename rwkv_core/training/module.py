@@ -1,6 +1,6 @@
 """What Lightning trains: a model, its loss, its optimizer, and the history of both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +14,7 @@ from rwkv_core.data.sampling import Batch, Group
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
-from rwkv_core.training import optimizers
+from rwkv_core.training import context, optimizers
 from rwkv_core.training.parallel import ALONE, Ranks, evened, loss_factor
 from rwkv_core.training.schedule import learning_rate
 
@@ -96,6 +96,7 @@ class Training(pl.LightningModule):
         self._lanes = Lanes()
         self.trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         """Names of the parameters."""
+        model.spare(parts=config.context.parts, grad_cp=config.context.grad_cp)
 
     def _read(self, groups: Iterable[Group], lanes: Lanes) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the head reads, the targets, and their weights: of all groups, end to end."""
@@ -122,13 +123,43 @@ class Training(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of its step's weighted mean cross-entropy: one number, however the step is cut up."""
         self.step_learned, self.step_tokens = self.step_learned + batch.learned, self.step_tokens + batch.tokens
+        groups, size = self._windows(batch.groups, batch_idx), self._config.context.segment
         if self._in_step_with_others:
-            batch = batch._replace(groups=evened(batch.groups, self._here, self.device))
-        if not batch.groups:  # a sum of nothing, with a gradient, as Lightning wants
+            groups = evened(groups, self._here, self.device)
+        if not groups:  # a sum of nothing, with a gradient, as Lightning wants
             return next(p for p in self.parameters() if p.requires_grad).flatten()[:0].sum()
-        features, targets, weights = self._read(batch.groups, self._lanes)
+        weight = batch.step_weight or 1  # 0, where the step has nothing to learn
+        if size is None or (len(groups) == 1 and groups[0].inputs.shape[1] <= size):
+            loss = self._head_loss(*self._read(groups, self._lanes))
+        else:
+            loss = self._swept(groups, size, 1 / weight)
+        loss = loss / weight
+        self.step_loss += float(loss.detach())
+        return loss * loss_factor(self._config, self._here.world)  # the shares add up; Lightning would average them
+
+    def _windows(self, groups: tuple[Group, ...], batch_idx: int) -> tuple[Group, ...]:
+        """What is read at this step of a growing context; afterwards the groups as they are."""
+        whole = self._config.ctx_len
+        size = context.ctx_len_at(self._config.context, whole, batch_idx // self._config.accumulate)
+        return groups if size == whole else tuple(part for group in groups for part in context.windows(group, size))
+
+    def _swept(self, groups: tuple[Group, ...], size: int, scale: float) -> Tensor:
+        """The sum of the losses, as `_head_loss` of `_read`, with no more than a segment in memory."""
+        scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
+        if (
+            scaler is not None
+        ):  # in fp16 small gradients are lost where they are found, not in the backward that passes them on
+            scale *= scaler.get_scale()
+        sweep = context.Sweep(self.model, self._head_loss, size, self._config.context.bptt, scale=scale)
+        for group in groups:
+            before = self._lanes.before(self.model, group)
+            before = self.model.initial_state(len(group.inputs)) if before is None else before
+            self._lanes.keep(group, sweep.read(group, before))
+        return sweep.loss()
+
+    def _head_loss(self, features: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         rows, values = self.model.head.trained_rows()
-        loss = head_loss(
+        return head_loss(
             features,
             self.model.head.now(),
             targets,
@@ -137,9 +168,6 @@ class Training(pl.LightningModule):
             rows=rows,
             values=values,
         )
-        loss = loss / (batch.step_weight or 1)  # 0, where the step has nothing to learn
-        self.step_loss += float(loss.detach())
-        return loss * loss_factor(self._config, self._here.world)  # the shares add up; Lightning would average them
 
     @property
     def _in_step_with_others(self) -> bool:
@@ -163,8 +191,8 @@ class Training(pl.LightningModule):
 
     def validation_step(self, groups: Iterable[Group], lanes: Lanes) -> Tensor:
         """Nats of all targets of a micro-batch. Lightning's strategies know this name: the parameters are there, within."""
-        features, targets, _ = self._read(groups, lanes)
-        return token_nll(features, self.model.head.now(), targets).double().sum()
+        parts = self._measured(groups, lanes)
+        return torch.stack([token_nll(x, self.model.head.now(), targets).double().sum() for x, targets in parts]).sum()
 
     @torch.no_grad()
     def held_out_loss(self, batches: Iterable[Batch]) -> float:
@@ -196,6 +224,20 @@ class Training(pl.LightningModule):
             )
         return nats / learned
 
+    def _measured(self, groups: Iterable[Group], lanes: Lanes) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the head reads and the targets: all at once, or segment by segment where training has those."""
+        size = self._config.context.segment
+        if size is None:
+            features, targets, _ = self._read(groups, lanes)
+            yield features, targets
+            return
+        for group in groups:
+            state = lanes.before(self.model, group)
+            for part in context.segments(group, size):
+                x, state = self.model.features(part.inputs, state)
+                yield x.flatten(0, 1), part.targets.flatten()
+            lanes.keep(group, state or [])
+
     def note_step(self, step: int) -> dict[str, float]:
         """Add the row of a finished optimizer step to the history; its `tokens` are those learned so far."""
         if self._here.world > 1:
@@ -209,6 +251,8 @@ class Training(pl.LightningModule):
         before = self.history["train"].get(step - 1)
         tokens = self.step_learned + (int(before["tokens"]) if before else 0)
         row = {"tokens": tokens, "loss": self.step_loss, "lr": lr, "grad_norm": self.grad_norm}
+        if self._config.context.initial_ctx_len is not None:
+            row["ctx_len"] = context.ctx_len_at(self._config.context, self._config.ctx_len, step - 1)
         self.history["train"][step] = row
         return row
 

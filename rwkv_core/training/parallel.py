@@ -153,6 +153,12 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             "each process has a share of the parameters, and those of model.quantize can't be cut up",
             "set it to none, or ddp",
         )
+    if config.context.segment is not None and config.parallel.shares_parameters:
+        raise InputError(
+            f"train.parallel.strategy = {config.parallel.strategy}",
+            "each process has a share of the parameters, and the segments of train.context.segment need them whole",
+            "set ddp or deepspeed_stage_2, or segment null",
+        )
     if config.parallel.strategy == "fsdp" and config.precision in ("bf16", "fp16"):
         raise InputError(
             f"train.precision = {config.precision}",
