@@ -12,7 +12,7 @@ SETTINGS = {
     },
     "context": {},
     "parallel": {},
-    "saves": {},
+    "saves": {"every": None, "every_epochs": None, "keep_last": None, "keep_best": 0, "result": "last"},
     "guards": {},
 }  # fmt: skip
 

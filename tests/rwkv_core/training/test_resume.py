@@ -24,7 +24,7 @@ SETTINGS = train_settings(
 FORWARDS = 43
 STEPS = 15
 SCRIPT = str(Path(__file__).with_name("run.py"))
-OUTPUTS = ("adapter.pth", "history.json")
+OUTPUTS = ("adapter.pth", "history.json", "kept.pth")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def processes():
 def start(processes, capfd):
     """Runs run.py, and returns its exit status, a negative signal number where one killed it."""
 
-    def start(folder, settings=SETTINGS, **accident):
-        arguments = {"folder": folder, "settings": settings, "accident": accident}
+    def start(folder, settings=SETTINGS, method=None, **accident):
+        arguments = {"folder": folder, "settings": settings, "accident": accident, "method": method}
         process = processes.Process(target=runpy.run_path, args=(SCRIPT,), kwargs={"init_globals": arguments})
         process.start()
         process.join()
@@ -81,16 +81,39 @@ def undisturbed():
 def expected(undisturbed, folder, start):
     if not undisturbed:
         assert start(folder) == 0
-        undisturbed.update({name: (folder / name).read_bytes() for name in OUTPUTS})
-        for name in (*OUTPUTS, "run/last.ckpt"):
-            (folder / name).unlink()
+        undisturbed.update(outputs(folder))
+        clear(folder)
     return undisturbed
+
+
+def outputs(folder):
+    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+
+def clear(folder):
+    """As if nothing had run yet."""
+    for name in OUTPUTS:
+        (folder / name).unlink()
+    shutil.rmtree(folder / "run")
+
+
+def there(folder):
+    """All that lies in the run's folder, temporary names too."""
+    return {path.name for path in (folder / "run").iterdir()}
 
 
 def finish(start, folder, expected):
     assert start(folder) == 0
-    assert {name: (folder / name).read_bytes() for name in OUTPUTS} == expected
-    assert [path.name for path in (folder / "run").glob("[!.]*")] == ["last.ckpt"]
+    assert outputs(folder) == expected
+    assert {name for name in there(folder) if not name.startswith(".")} == {
+        "last.ckpt",
+        "previous.ckpt",
+        "train_log.txt",
+    }
+    log = [line.split() for line in (folder / "run" / "train_log.txt").read_text().splitlines() if line[0].isdigit()]
+    assert [int(line[6]) for line in log] == [3, 6, 9, 12, 15], (
+        "a line for each measurement, however often it was stopped"
+    )
     return int((folder / "resumed_at").read_text())
 
 
@@ -129,7 +152,7 @@ def test_a_second_signal_while_saving_leaves_the_checkpoint_before(expected, fol
     """The second save is that of step 8. The first signal asks, the second interrupts the writing."""
     assert start(folder, at="save", count=[2], signals=[SIGTERM, SIGTERM]) == 3
     assert last(folder) == 4
-    assert [path.name for path in (folder / "run").iterdir()] == ["last.ckpt"]
+    assert there(folder) == {"last.ckpt", "train_log.txt"}
     assert finish(start, folder, expected) == 4
 
 
@@ -150,10 +173,9 @@ def test_kills_of_a_run_whose_states_go_on(folder, start):
     """Windows of a document in consecutive steps: the checkpoint has the states of their lanes."""
     settings = SETTINGS | {"rows": "chunk", "carry_state": True, "ctx_len": 4, "accumulate": 2, "checkpoint_every": 3}
     assert start(folder, settings) == 0
-    expected = {name: (folder / name).read_bytes() for name in OUTPUTS}
+    expected = outputs(folder)
     steps = last(folder)
-    for name in (*OUTPUTS, "run/last.ckpt"):
-        (folder / name).unlink()
+    clear(folder)
     for forward in (7, 9, 8):  # after step 3, after step 6, and after step 9
         assert start(folder, settings, at="forward", count=[forward], signals=[SIGKILL]) == -SIGKILL
     assert last(folder) == 9 < steps
@@ -161,7 +183,7 @@ def test_kills_of_a_run_whose_states_go_on(folder, start):
     assert [x.shape[0] for block in saved for x in block] == [4] * 6
     assert all(x.dtype == torch.float32 and x.any() for block in saved for x in block)
     assert start(folder, settings) == 0
-    assert {name: (folder / name).read_bytes() for name in OUTPUTS} == expected
+    assert outputs(folder) == expected
     assert int((folder / "resumed_at").read_text()) == 9
 
 
@@ -189,7 +211,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(space, expected, folder, start)
     assert start(folder, at="forward", count=[20], space=space) == 3
     message = (folder / "message").read_text()
     assert last(folder) == 4
-    assert [path.name for path in (folder / "run").iterdir()] == ["last.ckpt"]
+    assert there(folder) == {"last.ckpt", "train_log.txt"}
     assert message.startswith("WorldError: ")
     assert message.endswith("the output needs more than that; free some space and run again")
     assert finish(start, folder, expected) == 4
