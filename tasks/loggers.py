@@ -1,11 +1,9 @@
 """TensorBoard and Weights & Biases as further views of a training, beside MLflow: what metrics.jsonl says, shown elsewhere.
 
-Neither is ever asked what it holds: the file is the truth. TensorBoard's files are written anew from it whenever a training
-starts or goes on, so that they have each point once. W&B can't be rewritten: it gets the lines that it has not had, as noted
-beside.
+Neither is ever asked to remember: the file is the truth. TensorBoard's files, and W&B's where it is offline, are written anew
+from it whenever a training starts or goes on, so that they have each point once.
 """
 
-import contextlib
 import importlib.util
 import shutil
 import sys
@@ -16,7 +14,6 @@ from typing import Any, Protocol, Self
 
 from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import InputError
-from rwkv_core.files import whole_file
 from tasks import mirror
 from tasks.record import RunRecord
 
@@ -115,16 +112,17 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run in the project that is named as MLflow's experiment. WANDB_MODE=offline keeps it in <run folder>/wandb.
+    """A run in the project that is named as MLflow's experiment, with the record's id however often it is continued.
 
-    A run that is continued has the id that it had. W&B measures the machine itself, so system/ is left to it.
+    The service knows which steps it has. WANDB_MODE=offline keeps the run in <run folder>/wandb, which is written anew when the
+    training goes on, for a kill takes what W&B had in memory; `wandb sync` sends it. W&B measures the machine itself, so
+    system/ is left to it.
     """
 
     def __init__(self, folder: Path, record: RunRecord, tracking: TrackingConfig) -> None:
         import wandb
 
-        self._path, self._told = folder / mirror.LIVE, folder / f"wandb-{record.id}.offset"
-        self._offset = int(self._told.read_text(encoding="utf-8")) if self._told.exists() else 0
+        self._path, self._offset = folder / mirror.LIVE, 0
         self._run: Any = wandb.init(
             project=tracking.experiment,
             id=record.id,
@@ -134,23 +132,23 @@ class Wandb:
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
         )
+        self._first = 0 if self._run.offline else int(self._run.step)
+        if self._run.offline:
+            for left in folder.glob(f"wandb/offline-run-*-{record.id}"):
+                if left.resolve() not in Path(self._run.dir).resolve().parents:
+                    shutil.rmtree(left)
 
     def tell(self) -> None:
-        """Log what is new in the file, and note how far that is."""
-        before = self._offset
+        """Log what is new in the file."""
         for end, points in mirror.live_points(self._path, self._offset):
             values = {point.name: point.value for point in points if not point.name.startswith("system/")}
-            if values:
+            if values and points[0].step >= self._first:
                 self._run.log(values, step=points[0].step)
             self._offset = end
-        if self._offset != before:
-            with whole_file(self._told) as temporary:
-                temporary.write_text(str(self._offset), encoding="utf-8")
 
     def close(self) -> None:
         """End the run there; its last step is sent with that."""
-        with contextlib.suppress(BrokenPipeError):
-            self._run.finish()
+        self._run.finish()
 
 
 _KINDS: dict[str, type[_Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}

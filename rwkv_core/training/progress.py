@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from rwkv_core.files import whole_file
+from rwkv_core.files import explain, whole_file
 from rwkv_core.training.callbacks import Recorder, StepCallback
 from rwkv_core.training.module import Training
 
@@ -83,6 +83,9 @@ class TrainLog(StepCallback):
         path: the file.
         epochs: of the whole run.
         steps: of the whole run.
+
+    Raises:
+        WorldError: there is no room, or no permission.
     """
 
     def __init__(self, path: Path, epochs: float, steps: int) -> None:
@@ -111,8 +114,11 @@ class TrainLog(StepCallback):
         loss = nats / tokens if tokens else math.nan
         epoch = step / self._steps * self._epochs
         line = f"{epoch:.4f} {loss:.6f} {_perplexity(loss):.4f} {train[step]['lr']:.8f} {_now()} {step} "
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{line}{valid[step]['loss']:.6f}\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}{valid[step]['loss']:.6f}\n")
+        except OSError as error:
+            raise explain(error, self._path) from error
 
 
 def _step(line: str) -> int | None:

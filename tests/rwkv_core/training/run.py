@@ -15,7 +15,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from rwkv_core import models
+from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.config import LoraConfig, TrainConfig
 from rwkv_core.data.binidx import Documents
@@ -77,10 +77,17 @@ attach(model, method or lora, seed=3)
 model.ln_out.register_forward_hook(lambda *_: happens("forward" if model.training else "validate"))
 
 
+def write(path: Path) -> None:
+    """What is trained, with the same bytes under any name."""
+    learned = trained_state(model)
+    about = {name: (x.shape, x.dtype) for name, x in learned.items()}
+    checkpoint.write_in_place(path, about, (x.detach() for x in learned.values()))
+
+
 def keep(path: Path, step: int | None) -> None:
     """The adapter, with time for an accident when half of it is written."""
     with whole_file(path) as temporary:
-        torch.save(trained_state(model), temporary)
+        write(temporary)
         data = temporary.read_bytes()
         temporary.write_bytes(data[: len(data) // 2])
         happens("keep")
@@ -107,7 +114,7 @@ except (InputError, Interrupted, WorldError) as error:
     (folder / "message").write_text(f"{type(error).__name__}: {error}")
     sys.exit(3)
 happens("end")
-torch.save(trained_state(model), folder / "adapter.pth")
+write(folder / "adapter.pth")
 kept = {path.name: path.read_bytes() for path in result.kept.values()}
 assert kept.keys() <= {path.name for path in (folder / "run/saves").glob("*")}
 torch.save([kept, result.step, result.best and result.best.read_bytes()], folder / "kept.pth")
