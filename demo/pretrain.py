@@ -16,7 +16,7 @@ from rwkv_core.data.rows import rows
 from rwkv_core.files import sha256
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.tokenizer import VOCAB_SIZE
-from rwkv_core.training.callbacks import LAST
+from rwkv_core.training import checkpoints
 from rwkv_core.training.fit import fit
 from rwkv_core.training.optimizers import groups
 from tasks import params, stage
@@ -48,7 +48,7 @@ def pretrain() -> None:
             log=lambda step, metrics: None,
         )
     checkpoint.write(OUTPUTS / "base.pth", model.state_dict(), "bf16")
-    (folder / LAST).unlink(missing_ok=True)
+    checkpoints.forget(folder)
     print(f"pretrained on {result.tokens} tokens: held-out loss {result.history['valid'][result.steps]['loss']:.3f}")
 
 

@@ -208,7 +208,7 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
     wanted = {
         "data": ("manifest.json", "metrics.json", "lints.csv", "lengths.csv"),
         "preview": ("preview.html", "metrics.json"),
-        "train": ("adapter.pth", FILE, "history.csv", "valid.csv", "metrics.json"),
+        "train": ("adapter.pth", FILE, "history.csv", "valid.csv", "train_log.txt", "saves/saves.csv", "metrics.json"),
         "merged": ("receipt.json",),
         "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "documents.csv", "*.png", "*.svg"),
         "export": ("conformance.json",),

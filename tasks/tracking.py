@@ -72,7 +72,7 @@ class Live:
         with contextlib.suppress(Timeout):
             self._alive.acquire(timeout=0)  # tells `publish` that this run is not one that was killed
         record.model_copy(update={"status": "running", "finished": None}).write(self._folder)
-        self._file = self._open(record)
+        self._file = self._open()
         self._uri = uri(self._main)
         self._sender = threading.Thread(target=self._send, name="mlflow", args=(record,), daemon=True)
         self._sampler = threading.Thread(target=self._sample, name="system metrics", daemon=True)
@@ -116,14 +116,12 @@ class Live:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
 
-    def _open(self, record: RunRecord) -> TextIO:
+    def _open(self) -> TextIO:
         """Open metrics.jsonl to go on after its last whole line, and learn which steps it has."""
         path = self._folder / mirror.LIVE
         whole = 0
         with contextlib.suppress(FileNotFoundError):
             for end, points in mirror.live_points(path, 0):
-                if points and points[0].time < record.started * 1000 - 1000:
-                    break  # of another training in this folder, before this one started afresh
                 whole = end
                 self._last.update({point.name: max(point.step, self._last.get(point.name, -1)) for point in points})
             os.truncate(path, whole)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,13 +21,13 @@ from rwkv_core.data.binidx import Documents
 from rwkv_core.data.order import Part
 from rwkv_core.data.rows import LeftOut, rows
 from rwkv_core.errors import InputError
-from rwkv_core.files import sha256, whole_file, write_json
-from rwkv_core.training import parallel
-from rwkv_core.training.callbacks import LAST
+from rwkv_core.files import sha256, whole_file, whole_folder, write_json
+from rwkv_core.training import checkpoints, parallel, saves
 from rwkv_core.training.fit import Result, fit
 from rwkv_core.training.module import History
 from rwkv_core.training.optimizers import groups
-from tasks import stage, tracking
+from rwkv_core.training.progress import TRAIN_LOG
+from tasks import loggers, mirror, stage, tracking
 from tasks.params import Params, load
 from tasks.record import FILE, RunRecord, main_root
 
@@ -35,13 +36,14 @@ START = Path("start")
 
 
 def train() -> None:
-    """Base and outputs/data -> outputs/train: adapter.pth, history.csv, valid.csv, metrics.json, run.json.
+    """Base and outputs/data -> outputs/train: adapter.pth, saves, histories, train_log.txt, metrics.json, run.json.
 
     A run that was stopped or killed continues from its last checkpoint. One with other settings, data or base does not: the
     folder of the checkpoint is named after all of them. Where several processes share the run, each is in here, and the first
     writes.
     """
     params = load()
+    loggers.check(params.tracking)
     here = parallel.ranks(params.train.parallel)
     after_state = params.adapter.state != "none"
     parallel.check(params.train, after_state=after_state, quantized=params.model.quantize != "none")
@@ -98,24 +100,34 @@ def train() -> None:
     if here.rank:
         learn(log=lambda step, metrics: None)
         return
-    _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
-    with tracking.Live(folder, params.tracking) as live:
-        result = learn(log=live.log)
-        write(
-            stage.ADAPTER,
-            without_unchanged(trained_state(model), lambda: checkpoint.read(params.model.base), dtype),
-            AdapterRecord(
-                format=1,
-                # what files were called changes no byte
-                adapter=params.adapter.model_copy(update=dict.fromkeys(loaded)),
-                quantize=params.model.quantize,
-                base_sha256=base_sha256,
-                data_sha256=manifest["source"]["sha256"],
-                vocabulary_sha256=manifest["vocabulary"]["sha256"],
-                loaded=loaded["load"],
-                run=digest,
-            ),
-        )
+    run = _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
+    about = AdapterRecord(
+        format=1,
+        # what files were called changes no byte
+        adapter=params.adapter.model_copy(update=dict.fromkeys(loaded)),
+        quantize=params.model.quantize,
+        base_sha256=base_sha256,
+        data_sha256=manifest["source"]["sha256"],
+        vocabulary_sha256=manifest["vocabulary"]["sha256"],
+        loaded=loaded["load"],
+        run=digest,
+    )
+
+    def keep(path: Path, step: int | None = None) -> None:
+        """Write what is learned so far, after `step` steps or after the last, as an adapter."""
+        tensors = without_unchanged(trained_state(model), lambda: checkpoint.read(params.model.base), dtype)
+        write(path, tensors, about if step is None else about.model_copy(update={"run": f"{digest}@{step}"}))
+
+    with tracking.Live(folder, params.tracking) as live, loggers.Also(folder, params.tracking):
+        result = learn(log=live.log, keep=keep, run=run)
+        if result.best is None:
+            keep(stage.ADAPTER)
+        else:
+            with whole_file(stage.ADAPTER) as temporary:
+                shutil.copyfile(result.best, temporary)
+        _write_saves(result)
+        with whole_file(stage.TRAIN / TRAIN_LOG) as temporary:
+            shutil.copyfile(folder / TRAIN_LOG, temporary)
         _write_table(stage.TRAIN / "history.csv", result.history["train"])
         _write_table(stage.TRAIN / "valid.csv", result.history["valid"])
         with whole_file(stage.TRAIN / "metrics.json") as temporary:
@@ -123,9 +135,11 @@ def train() -> None:
     record = RunRecord.read(folder)
     record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
     tracking.publish(Path.cwd(), params.tracking)
-    (folder / LAST).unlink(missing_ok=True)  # last of all: killed before this, the stage has nothing to learn again
+    shutil.rmtree(folder / saves.FOLDER, ignore_errors=True)
+    checkpoints.forget(folder)  # last of all: killed before this, the stage has nothing to learn again
+    chosen = "" if result.best is None else f", the best of {result.steps}"
     print(
-        f"held-out loss {result.history['valid'][result.steps]['loss']:.4f} after {result.steps} steps; run {record.id}"
+        f"held-out loss {result.history['valid'][result.step]['loss']:.4f} after {result.step} steps{chosen}; run {record.id}"
     )
 
 
@@ -153,10 +167,13 @@ def run_digest(
 
 def _record(
     params: Params, digest: str, folder: Path, base_sha256: str, shape: dict[str, Any], manifest: dict[str, Any]
-) -> None:
-    """Leave the record of the run that is continued in `folder`, or of a new one."""
-    if (folder / LAST).exists() and (folder / FILE).exists():
-        return
+) -> str:
+    """Leave the record of the run that is continued in `folder`, or of a new one, whose metrics begin anew; its id."""
+    if checkpoints.exist(folder) and (folder / FILE).exists():
+        return RunRecord.read(folder).id
+    known = checkpoints.run_id(folder)
+    if known is None:
+        (folder / mirror.LIVE).unlink(missing_ok=True)  # of another training in this folder
     record = RunRecord.fresh(
         Path.cwd(),
         digest=digest,
@@ -166,18 +183,39 @@ def _record(
         data={name: manifest["source"][name] for name in ("path", "sha256", "rows")}
         | {side: manifest[side]["tokens"] for side in ("train", "valid")},
     )
+    if known is not None:  # its record was lost
+        record = record.model_copy(update={"id": known})
     record.write(folder)
+    return record.id
+
+
+def _write_saves(result: Result) -> None:
+    """The kept adapters, and a table that says of each when it was and how good. The table alone, if none was asked for."""
+    rows = [["file", "step", "epoch", "valid_loss"]]
+    with whole_folder(stage.TRAIN / saves.FOLDER) as temporary:
+        for step, path in result.kept.items():
+            try:
+                (temporary / path.name).hardlink_to(path)
+            except OSError:  # another disk, or one that can't
+                shutil.copyfile(path, temporary / path.name)
+            measured = result.history["valid"].get(step)
+            epoch = step / result.steps * result.epochs
+            loss = format(measured["loss"], ".9g") if measured else ""
+            rows.append([path.name, str(step), format(epoch, ".9g"), loss])
+        with (temporary / "saves.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
 def _metrics(result: Result, left_out: LeftOut) -> dict[str, float]:
     last, valid = result.history["train"][result.steps], result.history["valid"]
     return {
         "steps": result.steps,
+        "result_step": result.step,
         "tokens": result.tokens,
         "documents_cut": left_out.documents,
         "tokens_left_out": left_out.tokens,
         "loss": last["loss"],
-        "valid_loss": valid[result.steps]["loss"],
+        "valid_loss": valid[result.step]["loss"],
         "valid_loss_before": valid[0]["loss"],
         "lr": last["lr"],
         "grad_norm": last["grad_norm"],

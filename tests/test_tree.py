@@ -15,10 +15,11 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
-        "tqdm", "matplotlib", "jinja2", "bitsandbytes", "deepspeed", "peft", "filelock", "pyarrow", "huggingface_hub",
+        "rich", "matplotlib", "jinja2", "bitsandbytes", "deepspeed", "peft", "filelock", "pyarrow", "huggingface_hub",
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",
+        "wandb",
     },
     "flows": {"tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow"},
     "demo": {"tasks", "rwkv_core", "torch", "pydantic"},

@@ -15,7 +15,7 @@ SETTINGS = {
         "segment": None, "bptt": "exact", "parts": 1, "grad_cp": False, "initial_ctx_len": None, "ctx_warmup_steps": 0,
     },
     "parallel": {"strategy": "one_device", "devices": None, "nodes": 1, "bucket_mb": 25},
-    "saves": {},
+    "saves": {"every": None, "every_epochs": None, "keep_last": None, "keep_best": 0, "result": "last"},
     "guards": {},
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ class AdapterRecord(Config):
     """The adapter that the training began from, if it did from one; not in files of before there was `adapter.load`."""
 
     run: str | None
-    """Digest of all that the training depended on: equal digests, equal adapters."""
+    """Digest of all that the training depended on: equal digests, equal adapters. `digest@steps` of one kept on the way."""
 
     @field_validator("adapter", mode="before")
     @classmethod

@@ -68,3 +68,6 @@ class TrackingConfig(Config):
 
     registered_model: str = Field(min_length=1)
     """Model under which each merged checkpoint becomes a new version."""
+
+    also: tuple[Literal["tensorboard", "wandb"], ...]
+    """Further loggers of the curves, each an extra of the package: pip install 'rwkv-flow[tensorboard]'. Usually []."""

@@ -179,7 +179,33 @@ class ParallelConfig(Config):
 
 
 class SavesConfig(Config):
-    """What is kept of a run beside its last checkpoint."""
+    """What is kept of a run beside its checkpoints: adapters, in outputs/train/saves, see docs/runs.md."""
+
+    every: Annotated[int, Field(ge=1)] | None
+    """Keep the adapter after each so many optimizer steps, and after the last. null: not by steps."""
+
+    every_epochs: Annotated[float, Field(gt=0)] | None
+    """The same after each so many epochs: 1, 0.5, ... Both may be set."""
+
+    keep_last: Annotated[int, Field(ge=1)] | None
+    """Of these only the last so many. null: all."""
+
+    keep_best: int = Field(ge=0)
+    """Beside these, the so many of lowest held-out loss, of all steps after which it was measured."""
+
+    result: Literal["last", "best"]
+    """The adapter that is merged and exported: that after the last step, or that of lowest held-out loss."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether any adapter is kept on the way."""
+        return bool(self.every or self.every_epochs or self.keep_best or self.result == "best")
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> Self:
+        if self.keep_last is not None and self.every is None and self.every_epochs is None:
+            raise ValueError("keep_last is of the adapters kept by every and every_epochs, and both are null")
+        return self
 
 
 class GuardsConfig(Config):

@@ -1,4 +1,4 @@
-"""What happens between the steps: they are recorded, measured, shown, saved, and stopped when a signal asks."""
+"""What happens between the steps: they are recorded, measured, saved, and stopped when a signal asks."""
 
 import re
 import resource
@@ -13,20 +13,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from tqdm import tqdm
 
 from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch
 from rwkv_core.errors import Interrupted
-from rwkv_core.training import parallel
+from rwkv_core.training import checkpoints, parallel
 from rwkv_core.training.module import Training
 from rwkv_core.training.parallel import Ranks
 
 Log = Callable[[int, dict[str, float]], None]
 """Told the number of optimizer steps done, and measurements by name."""
-
-LAST = "last.ckpt"
-"""The one checkpoint of a run: each replaces the one before."""
 
 
 class StepCallback(pl.Callback):
@@ -108,47 +104,6 @@ def peak_memory_mb() -> float:
     return kilobytes * 1024 / 1e6
 
 
-class Progress(StepCallback):
-    """A bar on a terminal, a line now and then in a log: loss, held-out loss, learning rate, tokens a second, time left."""
-
-    SECONDS_BETWEEN_LINES = 10.0
-
-    def __init__(self, recorder: Recorder, steps: int) -> None:
-        self._recorder, self._steps = recorder, steps
-        self._bar: Any = None
-        self._first, self._began, self._shown = 0, 0.0, 0.0
-
-    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
-        """Begin at the step the run continues from."""
-        self._first, self._began = step, time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=self._steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
-        """Show the step."""
-        row, valid = training.history["train"][step], training.history["valid"]
-        shown = {
-            "loss": f"{row['loss']:.4f}",
-            "valid": f"{valid[max(valid)]['loss']:.4f}" if valid else "-",
-            "lr": f"{row['lr']:.2e}",
-            "tok/s": f"{self._recorder.tokens_per_second:.0f}",
-        }
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(1)
-        elif now - self._shown >= self.SECONDS_BETWEEN_LINES or step == self._steps:
-            left = (now - self._began) / (step - self._first) * (self._steps - step)
-            words = " ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}/{self._steps} {words} left {tqdm.format_interval(left)}", flush=True)
-            self._shown = now
-
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 class Listener(pl.Callback):
     """Listens for signals that ask to stop. The first of the callbacks: they come at any time from here on."""
 
@@ -171,16 +126,23 @@ class Checkpoints(StepCallback):
     """Saves the run every so many steps and when a signal asks it to stop, always between two steps.
 
     A signal may reach any of the ranks: all of them stop after the same step.
+
+    Args:
+        folder: the run's, named after the digest of all that its result depends on.
+        config: of the run.
+        steps: of the whole run.
+        here: this process among those that share the run.
+        run: its id, where it has one.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, steps: int, here: Ranks) -> None:
-        self._path, self._config, self._steps, self._here = folder / LAST, config, steps, here
+    def __init__(self, folder: Path, config: TrainConfig, steps: int, here: Ranks, run: str | None) -> None:
+        self._folder, self._config, self._steps, self._here, self._run = folder, config, steps, here, run
         self._signal: int | None = None
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """A signal asks to stop."""
         if self._signal is not None:  # asked twice: the last checkpoint is whole, so leave at once
-            raise Interrupted(number, f"stopped at once; run again and it continues from {self._path}")
+            raise Interrupted(number, f"stopped at once; run again and it continues from {self._folder}")
         self._signal = number
         print("stopping after this step; a second signal stops at once", file=sys.stderr, flush=True)
 
@@ -188,13 +150,25 @@ class Checkpoints(StepCallback):
         """Save where it is time, and stop where a signal asked."""
         asked = self._here.most(self._signal or 0, training.device)
         if step % self._config.checkpoint_every == 0 or step == self._steps or asked:
-            parallel.save(trainer, training, self._config, self._path)
+            parallel.save(trainer, self._config, self._folder)
         if asked:
             raise Interrupted(asked, f"stopped and saved after step {step} of {self._steps}; run again to continue")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Leave in the model what was learned, whole."""
         parallel.leave_whole(trainer, self._config, _training(module).trained)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say whose it is, and where the random generators are."""
+        checkpoint |= {
+            "digest": self._folder.name,
+            "run": self._run,
+            "random": checkpoints.random_states(),
+        }
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from there."""
+        checkpoints.set_random_states(checkpoint["random"])
 
 
 def _training(module: pl.LightningModule) -> Training:

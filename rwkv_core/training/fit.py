@@ -2,9 +2,8 @@
 
 import contextlib
 import logging
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,12 @@ from rwkv_core.data.rows import Rows
 from rwkv_core.data.sampling import Batch, MicroBatches, extent
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.training import context, optimizers, parallel, schedule
-from rwkv_core.training.callbacks import LAST, Checkpoints, Listener, Log, Progress, Recorder, peak_memory_mb
+from rwkv_core.training import context, optimizers, parallel, saves, schedule
+from rwkv_core.training.callbacks import Checkpoints, Listener, Log, Recorder, peak_memory_mb
+from rwkv_core.training.checkpoints import CheckpointFile, latest, summary
 from rwkv_core.training.module import History, Training
 from rwkv_core.training.parallel import ALONE, Ranks
+from rwkv_core.training.progress import TRAIN_LOG, Progress, TrainLog
 
 
 class Result(NamedTuple):
@@ -38,6 +39,13 @@ class Result(NamedTuple):
     """Time in training steps, in this process; and tokens read in it, learned or not, per second of that."""
     tokens_per_second: float
     peak_memory_mb: float
+    epochs: float
+    kept: Mapping[int, Path]
+    """Adapters kept on the way, by the steps that were done."""
+    best: Path | None
+    """The adapter that the run results in, where it is not that of the last step, which is in the model."""
+    step: int
+    """Steps that were done when the run was what it results in."""
 
 
 def fit(
@@ -51,10 +59,13 @@ def fit(
     folder: Path,
     log: Log,
     here: Ranks = ALONE,
+    keep: saves.Keep | None = None,
+    run: str | None = None,
 ) -> Result:
     """Train what `groups` hold, in place.
 
-    A run that was stopped or killed continues from `folder`/last.ckpt, and ends with the bytes of a run that was not.
+    A run that was stopped or killed continues from the newest whole checkpoint in `folder`, and ends with the bytes of one
+    that was not.
 
     Args:
         model: in it, all that is trained requires gradients and all else does not.
@@ -63,15 +74,20 @@ def fit(
         valid: rows to measure on the way.
         config: how long, how much at a time, how fast.
         seed: of dropout; the order of the rows is `train`'s.
-        folder: where the checkpoint is kept. It must belong to these settings and this data alone.
+        folder: where checkpoints, train_log.txt and, on the way, saves/ are kept. Its name must belong to these settings and
+            this data alone.
         log: is told each step's measurements, on the first rank.
         here: this process among those that share the run; Lightning starts the others.
+        keep: writes what was learned as an adapter, for config.saves.
+        run: the run's id, which its checkpoints remember.
 
     Raises:
         InputError: the settings do not fit each other or the data.
         Interrupted: a signal asked to stop; the run is saved.
         WorldError: the checkpoint can't be written.
     """
+    if here.rank == 0:
+        saves.check(config.saves, keep)
     if train.lanes % here.world:
         raise InputError(
             f"rows in {train.lanes} lanes",
@@ -85,21 +101,25 @@ def fit(
     schedule.check(config.optimizer, batches.steps)
     context.check(config.context, batches.steps)
     training = Training(model, groups, config, batches.steps, seed, here)
-    last = folder / LAST
+    plan = saves.Plan(config.saves, whole.epochs, batches.steps)
     share = train.learned()
     print(
         f"{whole.epochs:.4g} epochs = {whole.steps} steps = {whole.tokens} tokens, of which "
         f"{'all' if share == 1 else f'about {share * whole.tokens:.0f}'} are learned",
         flush=True,
     )
-    done = _steps_done(last)
+    last, done = latest(folder)
     recorder = Recorder(batches.steps, measured(valid, config, here), config.validate_every, log)
     with _quiet():
-        checkpoints = Checkpoints(folder, config, batches.steps, here)
-        shown = [Progress(recorder, batches.steps)] if here.rank == 0 else []
-        trainer = _trainer(config, [Listener(checkpoints.ask), recorder, *shown, checkpoints], here)
-    if done == batches.steps:  # killed after the last step: nothing is left to do but to take what it learned
-        saved = torch.load(parallel.summary(last), weights_only=True)
+        checkpoints = Checkpoints(folder, config, batches.steps, here, run)
+        callbacks: list[pl.Callback] = [Listener(checkpoints.ask), recorder]
+        if here.rank == 0:
+            callbacks += [Progress(recorder, batches.steps), TrainLog(folder / TRAIN_LOG, whole.epochs, batches.steps)]
+            if keep is not None:
+                callbacks.append(saves.Saves(folder, plan, batches.steps, keep))
+        trainer = _trainer(config, [*callbacks, checkpoints], here)  # the checkpoints come after all else of a step
+    if last is not None and done == batches.steps:  # killed after the last step: it is left to take what it learned
+        saved = torch.load(summary(last), weights_only=True)
         training.load_state_dict(saved["state_dict"], strict=False)
         training.on_load_checkpoint(saved)
     else:
@@ -110,7 +130,8 @@ def fit(
             # the loader starts where the checkpoint ends, which Lightning can't see; and it needs no workers
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*|.*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*|.*isinstance.treespec.*")
-            trainer.fit(training, loader, ckpt_path=str(last) if done else None, weights_only=True if done else None)
+            trainer.fit(training, loader, ckpt_path=last, weights_only=True if last else None)
+    step = plan.result(training.history["valid"])
     return Result(
         training.history,
         batches.steps,
@@ -119,6 +140,10 @@ def fit(
         recorder.seconds,
         recorder.tokens / recorder.seconds if recorder.seconds else 0.0,
         peak_memory_mb(),
+        whole.epochs,
+        saves.paths(folder, plan, batches.steps, training.history["valid"]),
+        folder / saves.FOLDER / saves.name(step) if step != batches.steps else None,
+        step,
     )
 
 
@@ -142,8 +167,12 @@ def _precision(config: TrainConfig) -> dict[str, Any]:
     """What Lightning is told. Asked by name for fp16 on a CPU, it would take bf16; its plugin can do it."""
     if config.precision == "fp16" and not config.parallel.stage:  # DeepSpeed scales the loss itself
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return {"plugins": [MixedPrecision("16-mixed", device)]}
-    return {"precision": {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(config.precision, "32-true")}
+        return {"plugins": [CheckpointFile(), MixedPrecision("16-mixed", device)]}
+    plugins = [] if config.parallel.stage else [CheckpointFile()]  # DeepSpeed has its own, of many files
+    return {
+        "plugins": plugins,
+        "precision": {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(config.precision, "32-true"),
+    }
 
 
 @contextlib.contextmanager
@@ -176,14 +205,6 @@ def measured(valid: Rows[Any], config: TrainConfig, here: Ranks = ALONE) -> Sequ
             "raise it, or hold out more: data.holdout.fraction",
         )
     return found
-
-
-def _steps_done(checkpoint: Path) -> int:
-    if not checkpoint.exists():
-        return 0
-    steps = int(torch.load(parallel.summary(checkpoint), weights_only=True, mmap=True)["global_step"])
-    print(f"continuing after step {steps} ({checkpoint}, saved {time.ctime(checkpoint.stat().st_mtime)})", flush=True)
-    return steps
 
 
 class _From(torch.utils.data.Sampler[int]):

@@ -4,7 +4,6 @@ All ranks have the same rows of a step between them, and the loss is one weighte
 averages the gradients of the ranks, and Lightning divides by the micro-batches of a step; `loss_factor` undoes both.
 """
 
-import contextlib
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -26,15 +25,12 @@ from kernels.head_loss import IGNORE
 from rwkv_core.config import ParallelConfig, TrainConfig
 from rwkv_core.data.sampling import Group
 from rwkv_core.errors import InputError
-from rwkv_core.files import whole_file, whole_folder
 from rwkv_core.models.skeleton import Block
 from rwkv_core.processes import FIRST
 from rwkv_core.tokenizer import END
+from rwkv_core.training import checkpoints
 
 T = TypeVar("T")
-
-SUMMARY = "run.ckpt"
-"""In a checkpoint that is a folder: what another checkpoint has as a file, but for the optimizer's shards."""
 
 _MEGABYTE = 1 << 20
 
@@ -152,6 +148,12 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             f"train.parallel.strategy = {config.parallel.strategy}",
             "each process has a share of the parameters, and those of model.quantize can't be cut up",
             "set it to none, or ddp",
+        )
+    if config.saves.asks and (config.parallel.stage or config.parallel.shares_parameters):
+        raise InputError(
+            f"train.saves with {config.parallel.strategy}",
+            "what is trained is whole at the end of the run alone",
+            "set all of it to null, 0 and last, or the strategy to ddp",
         )
     if config.context.segment is not None and config.parallel.shares_parameters:
         raise InputError(
@@ -289,25 +291,24 @@ def leave_whole(trainer: pl.Trainer, config: TrainConfig, names: Collection[str]
         training.get_submodule(module)._parameters[leaf] = nn.Parameter(x)
 
 
-def save(trainer: pl.Trainer, training: pl.LightningModule, config: TrainConfig, path: Path) -> None:
-    """Save the run in `path`, whole or not at all. All ranks call it; the first writes, with DeepSpeed all of them.
+def save(trainer: pl.Trainer, config: TrainConfig, folder: Path) -> None:
+    """Save the run in its folder. All ranks call it; the first writes, with DeepSpeed all of them.
 
     Raises:
         WorldError: on the first rank: the folder can't be written to.
     """
-    folder = config.parallel.stage > 0
-    whole = whole_folder if folder else whole_file
-    with whole(path) if trainer.is_global_zero else contextlib.nullcontext(path) as temporary:
-        trainer.save_checkpoint(temporary)
-        if folder:
+    shared = config.parallel.stage > 0
+
+    def write(path: Path) -> None:
+        trainer.save_checkpoint(path)
+        if shared:
+            training = trainer.lightning_module
             names = [name for name, p in training.named_parameters() if p.requires_grad]
-            summary = {"global_step": trainer.global_step, "state_dict": gathered(trainer, config, names)}
-            training.on_save_checkpoint(summary)
+            told = {"global_step": trainer.global_step, "state_dict": gathered(trainer, config, names)}
+            for one in (training, *trainer.callbacks):  # type: ignore[attr-defined]
+                one.on_save_checkpoint(*(() if one is training else (trainer, training)), told)
             if trainer.is_global_zero:
-                torch.save(summary, temporary / SUMMARY)
+                torch.save(told, path / checkpoints.SUMMARY)
+
+    checkpoints.save(folder, write, first=trainer.is_global_zero, shared=shared)
     trainer.strategy.barrier()
-
-
-def summary(path: Path) -> Path:
-    """The file of a checkpoint that has its step, what is trained, and the history."""
-    return path / SUMMARY if path.is_dir() else path

@@ -22,7 +22,7 @@ from rwkv_core.files import sha256
 from tasks import mirror, mlflow_run, tracking
 from tasks.record import RunRecord, main_root
 
-NAMES = TrackingConfig(experiment="tests", registered_model="tuned")
+NAMES = TrackingConfig(experiment="tests", registered_model="tuned", also=())
 PARAMS = {
     "seed": 42,
     "data": {"source": "corpus.jsonl"},
@@ -400,7 +400,7 @@ def test_a_wiped_database_is_written_again(root, empty_database):
         code = (
             "import sys; from pathlib import Path; from tasks import tracking;"
             "from rwkv_core.config import TrackingConfig as T;"
-            "tracking.publish(Path(sys.argv[1]), T(experiment='tests', registered_model='tuned'))"
+            "tracking.publish(Path(sys.argv[1]), T(experiment='tests', registered_model='tuned', also=()))"
         )
         done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == ("", "")
@@ -416,7 +416,7 @@ def test_two_processes_make_one_run(root):
     code = (
         "import sys; from pathlib import Path; from tasks import tracking;"
         "from rwkv_core.config import TrackingConfig as T;"
-        "tracking.publish(Path(sys.argv[1]), T(experiment='tests', registered_model='tuned'))"
+        "tracking.publish(Path(sys.argv[1]), T(experiment='tests', registered_model='tuned', also=()))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, root]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
@@ -480,7 +480,7 @@ def test_a_process_that_died_without_a_word_is_killed(root):
     code = (
         "import os, sys; from pathlib import Path; from tasks import tracking;"
         "from rwkv_core.config import TrackingConfig as T;"
-        "live = tracking.Live(Path(sys.argv[1]), T(experiment='tests', registered_model='tuned')).__enter__();"
+        "live = tracking.Live(Path(sys.argv[1]), T(experiment='tests', registered_model='tuned', also=())).__enter__();"
         "live.log(0, {'train/loss': 1.0}); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == -9
