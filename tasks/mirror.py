@@ -74,6 +74,7 @@ def tags(record: RunRecord) -> dict[str, str]:
         "git.commit": git.get("commit"),
         "git.branch": git.get("branch"),
         "git.dirty": git.get("dirty"),
+        "incident": ", ".join(record.incidents) or None,
         "dvc.experiment": record.dvc_experiment.get("name"),
         "dvc.baseline": record.dvc_experiment.get("baseline"),
         "prefect.flow_run": record.prefect.get("flow_run"),
@@ -208,7 +209,7 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
     wanted = {
         "data": ("manifest.json", "metrics.json", "lints.csv", "lengths.csv"),
         "preview": ("preview.html", "metrics.json"),
-        "train": ("adapter.pth", FILE, "history.csv", "valid.csv", "metrics.json"),
+        "train": ("adapter.pth", FILE, "history.csv", "valid.csv", "metrics.json", "*.jsonl"),
         "merged": ("receipt.json",),
         "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "documents.csv", "*.png", "*.svg"),
         "export": ("conformance.json",),

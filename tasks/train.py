@@ -1,10 +1,11 @@
 """train: an adapter is fitted to the training rows, beside a frozen base."""
 
+import contextlib
 import csv
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from rwkv_core.data.order import Part
 from rwkv_core.data.rows import LeftOut, rows
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256, whole_file, write_json
+from rwkv_core.tokenizer import named
+from rwkv_core.training import guards
 from rwkv_core.training.callbacks import LAST
 from rwkv_core.training.fit import Result, fit
 from rwkv_core.training.module import History
+from rwkv_core.training.samples import SAMPLES
 from tasks import stage, tracking
 from tasks.params import Params, load
 from tasks.record import FILE, RunRecord, main_root
@@ -32,7 +36,8 @@ START = Path("start")
 
 
 def train() -> None:
-    """Base and outputs/data -> outputs/train: adapter.pth, history.csv, valid.csv, metrics.json, run.json.
+    """Base and outputs/data -> outputs/train: adapter.pth, history.csv, valid.csv, metrics.json, incidents.jsonl,
+    samples.jsonl, run.json.
 
     A run that was stopped or killed continues from its last checkpoint. One with other settings, data or base does not: the
     folder of the checkpoint is named after all of them.
@@ -76,7 +81,7 @@ def train() -> None:
             flush=True,
         )
     _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
-    with tracking.Live(folder, params.tracking) as live:
+    with tracking.Live(folder, params.tracking) as live, _incidents_noted(folder):
         result = fit(
             model,
             model.parameter_groups(params.train.optimizer.lr, params.train.optimizer.weight_decay),
@@ -86,6 +91,14 @@ def train() -> None:
             seed=params.seed,
             folder=folder,
             log=live.log,
+            made_from={
+                "adapter": params.adapter.model_copy(update=dict.fromkeys(loaded)).model_dump(mode="json"),
+                "base": str(params.model.base),
+                "base_sha256": base_sha256,
+                "load": params.model.how(),
+                "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
+            },
+            tokenizer=named(params.data.tokenizer, params.data.special_tokens) if params.train.samples else None,
         )
         write(
             stage.ADAPTER,
@@ -104,15 +117,30 @@ def train() -> None:
         )
         _write_table(stage.TRAIN / "history.csv", result.history["train"])
         _write_table(stage.TRAIN / "valid.csv", result.history["valid"])
+        guards.write(stage.TRAIN / guards.INCIDENTS, result.incidents)
+        with whole_file(stage.TRAIN / SAMPLES) as temporary:
+            temporary.write_bytes((folder / SAMPLES).read_bytes() if params.train.samples else b"")
         with whole_file(stage.TRAIN / "metrics.json") as temporary:
             write_json(temporary, _metrics(result, lessons.left_out))
     record = RunRecord.read(folder)
     record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
     tracking.publish(Path.cwd(), params.tracking)
+    for file in (guards.INCIDENTS, SAMPLES):  # of this training; another in this folder has its own
+        (folder / file).unlink(missing_ok=True)
     (folder / LAST).unlink(missing_ok=True)  # last of all: killed before this, the stage has nothing to learn again
     print(
         f"held-out loss {result.history['valid'][result.steps]['loss']:.4f} after {result.steps} steps; run {record.id}"
     )
+
+
+@contextlib.contextmanager
+def _incidents_noted(folder: Path) -> Iterator[None]:
+    """However the run ends, its record says what was met on the way."""
+    try:
+        yield
+    finally:
+        what = sorted({x.what for x in guards.read(folder / guards.INCIDENTS)})
+        RunRecord.read(folder).model_copy(update={"incidents": what}).write(folder)
 
 
 def _check_place(load: Path | None) -> None:
@@ -126,10 +154,12 @@ def _check_place(load: Path | None) -> None:
 
 
 def run_digest(params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part]) -> str:
-    """Name of a run: everything that its result depends on. checkpoint_every is not among it, nor what files are called."""
+    """Name of a run: everything that its result depends on. checkpoint_every and attempts are not among it, nor what files are
+    called.
+    """
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
-    del shaping["train"]["checkpoint_every"]
+    del shaping["train"]["checkpoint_every"], shaping["train"]["guards"]["attempts"]
     data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
     text = json.dumps([shaping, params.model.how(), base_sha256, data, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -168,6 +198,7 @@ def _metrics(result: Result, left_out: LeftOut) -> dict[str, float]:
         "tokens_per_second": round(result.tokens_per_second, 1),
         "peak_memory_mb": round(result.peak_memory_mb, 1),
         "resumed_at": result.resumed_at,
+        "incidents": len(result.incidents),
     }
 
 

@@ -78,15 +78,24 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     """All micro-batches of a run, by number; the run's steps are runs of `accumulate` of them."""
 
     def __init__(
-        self, rows: Rows[Any], micro_batch: int, accumulate: int, total: int, *, rank: int = 0, world: int = 1
+        self,
+        rows: Rows[Any],
+        micro_batch: int,
+        accumulate: int,
+        total: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        left_out: frozenset[int] = frozenset(),
     ) -> None:
         """Cut the first `total` of `rows` into micro-batches of `micro_batch`; the last may be smaller.
 
         Where `world` processes share the rows, this one has every `world`-th of them, from number `rank` on: a step has the
-        same rows however micro_batch * accumulate * world is made up.
+        same rows however micro_batch * accumulate * world is made up. Rows of the numbers `left_out` are not read, and count
+        nothing in the weight of their step; all others stay where they are.
         """
         self._rows, self._micro_batch, self._accumulate, self._total = rows, micro_batch, accumulate, total
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._left_out = rank, world, left_out
         self._weights: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -100,8 +109,8 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(f"micro-batch {number} of {len(self)}")
-        chosen = ((number * self._micro_batch + i) * self._world + self._rank for i in range(self._micro_batch))
-        readings = [(n, reading) for n in chosen if n < self._total for reading in self._rows.row(n)]
+        self._rows.documents.check_there()
+        readings = [(n, reading) for n in self.rows_of(number) for reading in self._rows.row(n)]
         documents, lanes = self._rows.documents, self._rows.lanes
         pairs = [(n, reading, tokens_of(documents, reading)) for n, reading in readings]
         return Batch(
@@ -110,6 +119,11 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
             sum(int((targets != IGNORE).sum()) for _, _, (_, targets, _) in pairs),
             sum(len(reading) for _, reading in readings),
         )
+
+    def rows_of(self, number: int) -> list[int]:
+        """Numbers of the rows of a micro-batch."""
+        chosen = ((number * self._micro_batch + i) * self._world + self._rank for i in range(self._micro_batch))
+        return [n for n in chosen if n < self._total and n not in self._left_out]
 
     def _grouped(self, readings: "list[_Read]") -> "Iterator[list[_Read]]":
         """All at once; of rows that have several, those of like length, lest much is filled up."""
@@ -136,6 +150,7 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
                 self._rows.documents.weight(document)
                 * int(np.count_nonzero(self._rows.documents.learned(document)[start:stop]))
                 for number in numbers
+                if number not in self._left_out
                 for reading in self._rows.row(number)
                 for document, start, stop in reading.pieces
             )

@@ -76,6 +76,7 @@ class Recorder(StepCallback):
 
     def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Measure the untrained model, to see later what was gained."""
+        self._in_step = 0.0  # a step that was broken off before may have left some
         if step == 0:
             self._validate(training, step)
 
@@ -150,8 +151,9 @@ class Progress(StepCallback):
 class Checkpoints(StepCallback):
     """Saves the run every so many steps and when a signal asks it to stop, always between two steps."""
 
-    def __init__(self, folder: Path, every: int, steps: int) -> None:
-        self._path, self._every, self._steps = folder / LAST, every, steps
+    def __init__(self, folder: Path, every: int, steps: int, *, first: bool = False) -> None:
+        """`first`: save before the first step too, for a run that may go back."""
+        self._path, self._every, self._steps, self._first = folder / LAST, every, steps, first
         self._signal: int | None = None
 
     def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
@@ -160,10 +162,16 @@ class Checkpoints(StepCallback):
         Lightning has noted who listened before the run, and gives the signals back to them after it. Only a process's main
         thread may listen; a run in another one is stopped by whoever started it.
         """
+        if step == 0 and self._first:
+            self._save(trainer)
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        with whole_file(self._path) as temporary:
+            trainer.save_checkpoint(temporary)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:  # asked twice: the last checkpoint is whole, so leave at once
@@ -173,9 +181,8 @@ class Checkpoints(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Save where it is time, and stop where a signal asked."""
-        if step % self._every == 0 or step == self._steps or self._signal is not None:
-            with whole_file(self._path) as temporary:
-                trainer.save_checkpoint(temporary)
+        if step % self._every == 0 or step == self._steps or self._signal is not None or trainer.should_stop:
+            self._save(trainer)
         if self._signal is not None:
             raise Interrupted(
                 self._signal, f"stopped and saved after step {step} of {self._steps}; run again to continue"

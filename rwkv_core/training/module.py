@@ -71,6 +71,25 @@ class Training(pl.LightningModule):
         """Tokens of the step: learned; read, learned or not."""
         self._lanes = Lanes()
 
+    @property
+    def seed(self) -> int:
+        """Of dropout."""
+        return self._seed
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self._config.accumulate
+
+    def lanes_now(self) -> State | None:
+        """A copy of the states that rows have left."""
+        state = self._lanes.state
+        return None if state is None else [BlockState(*(x.clone() for x in block)) for block in state]
+
+    def set_lanes(self, state: State | None) -> None:
+        """Let rows go on from these states."""
+        self._lanes.state = state
+
     def _read(self, groups: Iterable[Group], lanes: Lanes) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the head reads, the targets, and their weights: of all groups, end to end."""
         features, targets, weights = [], [], []
