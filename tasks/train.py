@@ -19,7 +19,7 @@ from rwkv_core.adapters.rows import without_unchanged
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.order import Part
 from rwkv_core.data.rows import LeftOut, rows
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.tokenizer import named
 from rwkv_core.training import guards
@@ -139,8 +139,10 @@ def _incidents_noted(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        what = sorted({x.what for x in guards.read(folder / guards.INCIDENTS)})
-        RunRecord.read(folder).model_copy(update={"incidents": what}).write(folder)
+        # a full disk may be what the run is failing with: this must not hide it
+        with contextlib.suppress(OSError, Problem):
+            what = sorted({x.what for x in guards.read(folder / guards.INCIDENTS)})
+            RunRecord.read(folder).model_copy(update={"incidents": what}).write(folder)
 
 
 def _check_place(load: Path | None) -> None:

@@ -47,8 +47,8 @@ class Incident(NamedTuple):
     action: Action
     """went back: to the last checkpoint, and there it did not come again."""
     values: dict[str, Any]
-    """What was measured. Of a micro-batch in quarantine also `rows`, the numbers of those left out, and `kept`, its folder in
-    the run's; of a new split `micro_batch` and `accumulate`. A number that is not finite is a string."""
+    """What was measured. Of micro-batches in quarantine also `rows`, the numbers of those left out, and `kept`, their
+    folders in the run's; of a new split `micro_batch` and `accumulate`. A number that is not finite is a string."""
 
 
 class Again(Exception):
@@ -249,10 +249,10 @@ class Guards(StepCallback):
         if not guilty:  # as of a device that failed once
             self._note(suspect)
             return
+        kept = {number: f"{QUARANTINE}/{suspect.step}-{number}" for _, number, _ in guilty}
         for found, number, lanes in guilty:
-            kept = self._folder / QUARANTINE / f"{suspect.step}-{number}"
             reproduce.keep(
-                kept,
+                self._folder / kept[number],
                 training,
                 batches[number],
                 lanes,
@@ -266,29 +266,17 @@ class Guards(StepCallback):
                     "made_from": self._made_from,
                 },
             )
-            values = {
-                **suspect.values,
-                "micro_batch": number,
-                "loss": _plain(found.loss),
-                "grad_norm": _plain(found.grad_norm),
-                "rows": batches.rows_of(number),
-                "kept": kept.relative_to(self._folder).as_posix(),
-            }
-            self._note(Incident(suspect.step, suspect.what, "quarantined", values), last=number == guilty[-1][1])
+        left = {"kept": list(kept.values()), "rows": [n for number in kept for n in batches.rows_of(number)]}
+        self._note(Incident(suspect.step, suspect.what, "quarantined", suspect.values | left))
         raise Again
 
-    def _note(self, incident: Incident, last: bool = True) -> None:
-        """Add it to the file and say it, but for one that is there: a step that is done again meets it again.
-
-        Args:
-            incident: what was met.
-            last: False where more is to be written with it, in one go.
-        """
-        if incident not in self.incidents:
-            self.incidents.append(incident)
-            print(f"step {incident.step}: {_told(incident)}: {incident.action}", file=sys.stderr, flush=True)
-        if last:
-            write(self._folder / INCIDENTS, self.incidents)
+    def _note(self, incident: Incident) -> None:
+        """Say it and add it to the file, but for one that is there: a step that is done again meets it again."""
+        if incident in self.incidents:
+            return
+        self.incidents.append(incident)
+        print(f"step {incident.step}: {_told(incident)}: {incident.action}", file=sys.stderr, flush=True)
+        write(self._folder / INCIDENTS, self.incidents)
 
 
 def forget(model: torch.nn.Module) -> None:

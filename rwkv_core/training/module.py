@@ -114,8 +114,8 @@ class Training(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of its step's weighted mean cross-entropy: one number, however the step is cut up."""
         self.step_learned, self.step_tokens = self.step_learned + batch.learned, self.step_tokens + batch.tokens
-        if not batch.groups:  # a sum of nothing, with a gradient, as Lightning wants
-            return next(p for p in self.parameters() if p.requires_grad).flatten()[:0].sum()
+        if not batch.groups:  # a sum of nothing, whose gradient is 0 for all: as of rows of which nothing is learned
+            return torch.stack([p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad]).sum()
         features, targets, weights = self._read(batch.groups, self._lanes)
         rows, values = self.model.head.trained_rows()
         loss = head_loss(
