@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
@@ -118,5 +119,8 @@ def _walk(schema: type[BaseModel], loc: Iterable[int | str]) -> tuple[list[int |
         if field is not None and field.discriminator is not None:
             inside = get_args(annotation)
         else:
-            inside = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            choices = (
+                get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+            )  # a section or null
+            inside = next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
     return names, section, field

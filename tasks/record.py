@@ -47,6 +47,9 @@ class RunRecord(BaseModel):
     seconds_trained: float = Field(default=0.0, ge=0)
     """Time spent in training, all its continuations together."""
 
+    incidents: list[str] = []
+    """Kinds of what the guards met, sorted; the rest is in incidents.jsonl."""
+
     params: dict[str, Any]
     """params.yaml as it was."""
 

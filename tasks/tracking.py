@@ -147,6 +147,7 @@ class Live:
                     server.put_live(run, path, ledger)
                     if last:
                         now = RunRecord.read(self._folder)
+                        server.put_facts(run, now, {})  # what was met on the way is known now
                         server.put_status(run, now.status, now.finished)
                         ledger.note(self._uri, status=now.status)
                 pause = _SEND_SECONDS

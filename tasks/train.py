@@ -1,11 +1,12 @@
 """train: an adapter is fitted to the training rows, beside a frozen base."""
 
+import contextlib
 import csv
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,15 @@ from rwkv_core.adapters.rows import without_unchanged
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.order import Part
 from rwkv_core.data.rows import LeftOut, rows
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256, whole_file, whole_folder, write_json
-from rwkv_core.training import checkpoints, parallel, saves
+from rwkv_core.tokenizer import named
+from rwkv_core.training import checkpoints, guards, parallel, saves
 from rwkv_core.training.fit import Result, fit
 from rwkv_core.training.module import History
 from rwkv_core.training.optimizers import groups
 from rwkv_core.training.progress import TRAIN_LOG
+from rwkv_core.training.samples import SAMPLES
 from tasks import loggers, mirror, stage, tracking
 from tasks.params import Params, load
 from tasks.record import FILE, RunRecord, main_root
@@ -36,7 +39,8 @@ START = Path("start")
 
 
 def train() -> None:
-    """Base and outputs/data -> outputs/train: adapter.pth, saves, histories, train_log.txt, metrics.json, run.json.
+    """Base and outputs/data -> outputs/train: adapter.pth, saves, histories, train_log.txt, incidents.jsonl, samples.jsonl,
+    metrics.json, run.json.
 
     A run that was stopped or killed continues from its last checkpoint. One with other settings, data or base does not: the
     folder of the checkpoint is named after all of them. Where several processes share the run, each is in here, and the first
@@ -96,6 +100,14 @@ def train() -> None:
         seed=params.seed,
         folder=folder,
         here=here,
+        made_from={
+            "adapter": params.adapter.model_copy(update=dict.fromkeys(loaded)).model_dump(mode="json"),
+            "base": str(params.model.base),
+            "base_sha256": base_sha256,
+            "load": params.model.how(),
+            "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
+        },
+        tokenizer=named(params.data.tokenizer, params.data.special_tokens) if params.train.samples else None,
     )
     if here.rank:
         learn(log=lambda step, metrics: None)
@@ -118,7 +130,11 @@ def train() -> None:
         tensors = without_unchanged(trained_state(model), lambda: checkpoint.read(params.model.base), dtype)
         write(path, tensors, about if step is None else about.model_copy(update={"run": f"{digest}@{step}"}))
 
-    with tracking.Live(folder, params.tracking) as live, loggers.Also(folder, params.tracking):
+    with (
+        tracking.Live(folder, params.tracking) as live,
+        loggers.Also(folder, params.tracking),
+        _incidents_noted(folder),
+    ):
         result = learn(log=live.log, keep=keep, run=run)
         if result.best is None:
             keep(stage.ADAPTER)
@@ -130,17 +146,34 @@ def train() -> None:
             shutil.copyfile(folder / TRAIN_LOG, temporary)
         _write_table(stage.TRAIN / "history.csv", result.history["train"])
         _write_table(stage.TRAIN / "valid.csv", result.history["valid"])
+        guards.write(stage.TRAIN / guards.INCIDENTS, result.incidents)
+        with whole_file(stage.TRAIN / SAMPLES) as temporary:
+            temporary.write_bytes((folder / SAMPLES).read_bytes() if params.train.samples else b"")
         with whole_file(stage.TRAIN / "metrics.json") as temporary:
             write_json(temporary, _metrics(result, lessons.left_out))
     record = RunRecord.read(folder)
     record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
     tracking.publish(Path.cwd(), params.tracking)
+    for file in (guards.INCIDENTS, SAMPLES):  # of this training; another in this folder has its own
+        (folder / file).unlink(missing_ok=True)
     shutil.rmtree(folder / saves.FOLDER, ignore_errors=True)
     checkpoints.forget(folder)  # last of all: killed before this, the stage has nothing to learn again
     chosen = "" if result.best is None else f", the best of {result.steps}"
     print(
         f"held-out loss {result.history['valid'][result.step]['loss']:.4f} after {result.step} steps{chosen}; run {record.id}"
     )
+
+
+@contextlib.contextmanager
+def _incidents_noted(folder: Path) -> Iterator[None]:
+    """However the run ends, its record says what was met on the way."""
+    try:
+        yield
+    finally:
+        # a full disk may be what the run is failing with: this must not hide it
+        with contextlib.suppress(OSError, Problem):
+            what = sorted({x.what for x in guards.read(folder / guards.INCIDENTS)})
+            RunRecord.read(folder).model_copy(update={"incidents": what}).write(folder)
 
 
 def _check_place(load: Path | None) -> None:
@@ -156,10 +189,12 @@ def _check_place(load: Path | None) -> None:
 def run_digest(
     params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part], world: int
 ) -> str:
-    """Name of a run: everything that its result depends on. checkpoint_every is not among it, nor what files are called."""
+    """Name of a run: everything that its result depends on. checkpoint_every and attempts are not among it, nor what files are
+    called.
+    """
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
-    del shaping["train"]["checkpoint_every"]
+    del shaping["train"]["checkpoint_every"], shaping["train"]["guards"]["attempts"]
     data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
     text = json.dumps([shaping, params.model.how(), base_sha256, data, parts, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -222,6 +257,7 @@ def _metrics(result: Result, left_out: LeftOut) -> dict[str, float]:
         "tokens_per_second": round(result.tokens_per_second, 1),
         "peak_memory_mb": round(result.peak_memory_mb, 1),
         "resumed_at": result.resumed_at,
+        "incidents": len(result.incidents),
     }
 
 

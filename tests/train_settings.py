@@ -16,7 +16,12 @@ SETTINGS = {
     },
     "parallel": {"strategy": "one_device", "devices": None, "nodes": 1, "bucket_mb": 25},
     "saves": {"every": None, "every_epochs": None, "keep_last": None, "keep_best": 0, "result": "last"},
-    "guards": {},
+    "guards": {
+        "not_finite": "ignore", "spike": "ignore", "spike_z": 8.0, "blow_up": "ignore", "blow_up_times": 20.0, "window": 8,
+        "dead_adapter": "ignore", "dead_every": 2, "out_of_memory": "stop", "attempts": 3,
+    },
+    "stop_early": None,
+    "samples": None,
 }  # fmt: skip
 
 

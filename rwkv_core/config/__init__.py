@@ -25,7 +25,9 @@ from rwkv_core.config.train import (
     OptimizerConfig,
     ParallelConfig,
     SavesConfig,
+    StopEarlyConfig,
     TrainConfig,
+    TrainSamplesConfig,
 )
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "SampleConfig",
     "SavesConfig",
     "StateConfig",
+    "StopEarlyConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TrainSamplesConfig",
 ]

@@ -208,8 +208,74 @@ class SavesConfig(Config):
         return self
 
 
+Answer = Literal["ignore", "warn", "stop", "quarantine"]
+
+
 class GuardsConfig(Config):
-    """What is watched while training, and what is done about it."""
+    """What is watched while training, and what is done about it; see docs/guards.md.
+
+    ignore: it is not looked at. warn: it is said and noted. stop: noted, and the run ends with an error. quarantine: the run
+    goes back to its last checkpoint, the micro-batch that did it is kept with what reproduces it, and is left out.
+    """
+
+    not_finite: Answer
+    """A step's loss or gradient norm is NaN or infinite."""
+
+    spike: Answer
+    """A step's loss is more than spike_z robust deviations above the median of the last `window` steps."""
+
+    spike_z: float = Field(gt=0)
+    """A robust deviation is 1.4826 median absolute deviations: of normal noise it is the standard deviation."""
+
+    blow_up: Answer
+    """A step's gradient norm is more than blow_up_times the median of the last `window` steps."""
+
+    blow_up_times: float = Field(gt=1)
+    """The norm is that before clipping."""
+
+    window: int = Field(ge=8)
+    """Steps that spikes and blow-ups are judged by. None of a run's first `window` steps is judged."""
+
+    dead_adapter: Literal["ignore", "warn", "stop"]
+    """An adapted matrix gets no gradient, or has one and does not move."""
+
+    dead_every: int = Field(ge=2)
+    """Optimizer steps between two looks for dead adapters; the last step is looked at too."""
+
+    out_of_memory: Literal["stop", "replan"]
+    """replan: go back to the last checkpoint, and on with smaller micro-batches, more of them to a step: the same rows."""
+
+    attempts: int = Field(ge=1)
+    """How often a run may go back to a checkpoint, all its continuations together. Then it stops."""
+
+
+class StopEarlyConfig(Config):
+    """When a run ends before its time."""
+
+    patience: int = Field(ge=1)
+    """It ends when so many measurements of the held-out loss in a row were no gain."""
+
+    min_gain: float = Field(ge=0)
+    """Nats a token that a measurement must be below the best one before it, to be a gain."""
+
+
+class TrainSamplesConfig(Config):
+    """Texts that the model continues while it is trained, for a person to read."""
+
+    every: int = Field(ge=1)
+    """Optimizer steps between two times. It is done before the first step and after the last also."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    """Beginnings to continue."""
+
+    max_tokens: int = Field(ge=1)
+    """Longest continuation, in tokens."""
+
+    temperature: float = Field(ge=0)
+    """0: always the likeliest token."""
+
+    top_p: float = Field(gt=0, le=1)
+    """Draw only from the likeliest tokens that together have this probability."""
 
 
 class TrainConfig(Config):
@@ -274,6 +340,12 @@ class TrainConfig(Config):
 
     guards: GuardsConfig
 
+    stop_early: StopEarlyConfig | None
+    """End the run when the held-out loss falls no more; null: never."""
+
+    samples: TrainSamplesConfig | None
+    """Texts to generate on the way; null: none."""
+
     @model_validator(mode="after")
     def _one_end(self) -> Self:
         ends = {"epochs": self.epochs, "steps": self.steps, "tokens": self.tokens}
@@ -335,6 +407,13 @@ class TrainConfig(Config):
                 "the shares in mix are 100 % or more: they are of what an epoch reads, with the parts without one"
             )
         return self
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether anything can make the run go back to a checkpoint. Several processes do not: they stop instead."""
+        g = self.guards
+        asked = g.out_of_memory == "replan" or "quarantine" in (g.not_finite, g.spike, g.blow_up)
+        return asked and self.parallel.strategy == "one_device"
 
     def check_rows(self, after_state: bool) -> None:
         """Refuse rows that no tuned state could stand before.

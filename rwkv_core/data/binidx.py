@@ -14,6 +14,7 @@ Two files of ours may stand beside; other programs pass them over:
 """
 
 import array
+import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -271,6 +272,30 @@ class Documents:
         self._weights = self._open_beside(".weights", "<f4", len(self))
         for i in np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(np.int64)) if len(self) else ():
             self.begin(int(i))
+
+        self._files = {
+            path: (stat.st_ino, stat.st_size)
+            for path in (self._index, bin_file, _path(prefix, ".mask"), _path(prefix, ".weights"))
+            if path.exists() and (stat := path.stat())
+        }
+
+    def check_there(self) -> None:
+        """See that the files are as long as when they were opened: a look behind the end of a mapped one kills the process.
+
+        One that was replaced or removed is still there for who has it open.
+
+        Raises:
+            InputError: one is shorter.
+        """
+        for path, (inode, size) in self._files.items():
+            with contextlib.suppress(FileNotFoundError):
+                now = path.stat()
+                if now.st_ino == inode and now.st_size < size:
+                    raise InputError(
+                        f"{path}: {now.st_size} bytes",
+                        f"it had {size} when it was opened, and something cut it off while it was read",
+                        "run the prepare stage again",
+                    )
 
     @property
     def has_mask(self) -> bool:

@@ -87,15 +87,17 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
         rank: int = 0,
         world: int = 1,
         full: bool = False,
+        left_out: frozenset[int] = frozenset(),
     ) -> None:
         """Cut the first `total` of `rows` into micro-batches of `micro_batch`; the last may be smaller.
 
         Where `world` processes share the rows, this one has every `world`-th of them, from number `rank` on: a step has the
         same rows however micro_batch * accumulate * world is made up. If `full`, the last step has as many micro-batches as
-        the others: the added ones are empty.
+        the others: the added ones are empty. Rows of the numbers `left_out` are not read, and count nothing in the weight of
+        their step; all others stay where they are.
         """
         self._rows, self._micro_batch, self._accumulate, self._total = rows, micro_batch, accumulate, total
-        self._rank, self._world, self._full = rank, world, full
+        self._rank, self._world, self._full, self._left_out = rank, world, full, left_out
         self._weights: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -110,8 +112,8 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(f"micro-batch {number} of {len(self)}")
-        chosen = ((number * self._micro_batch + i) * self._world + self._rank for i in range(self._micro_batch))
-        readings = [(n, reading) for n in chosen if n < self._total for reading in self._rows.row(n)]
+        self._rows.documents.check_there()
+        readings = [(n, reading) for n in self.rows_of(number) for reading in self._rows.row(n)]
         documents, lanes = self._rows.documents, self._rows.lanes
         pairs = [(n, reading, tokens_of(documents, reading)) for n, reading in readings]
         return Batch(
@@ -120,6 +122,11 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
             sum(int((targets != IGNORE).sum()) for _, _, (_, targets, _) in pairs),
             sum(len(reading) for _, reading in readings),
         )
+
+    def rows_of(self, number: int) -> list[int]:
+        """Numbers of the rows of a micro-batch."""
+        chosen = ((number * self._micro_batch + i) * self._world + self._rank for i in range(self._micro_batch))
+        return [n for n in chosen if n < self._total and n not in self._left_out]
 
     def _grouped(self, readings: "list[_Read]") -> "Iterator[list[_Read]]":
         """All at once; of rows that have several, those of like length, lest much is filled up."""
@@ -146,6 +153,7 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
                 self._rows.documents.weight(document)
                 * int(np.count_nonzero(self._rows.documents.learned(document)[start:stop]))
                 for number in numbers
+                if number not in self._left_out
                 for reading in self._rows.row(number)
                 for document, start, stop in reading.pieces
             )

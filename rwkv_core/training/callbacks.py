@@ -74,6 +74,7 @@ class Recorder(StepCallback):
 
     def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Measure the untrained model, to see later what was gained."""
+        self._in_step = 0.0  # a step that was broken off before may have left some
         if step == 0:
             self._validate(training, step)
 
@@ -123,7 +124,8 @@ class Listener(pl.Callback):
 
 
 class Checkpoints(StepCallback):
-    """Saves the run every so many steps and when a signal asks it to stop, always between two steps.
+    """Saves the run every so many steps and when a signal asks it to stop, always between two steps; and before the first one,
+    where the run may go back to it.
 
     A signal may reach any of the ranks: all of them stop after the same step.
 
@@ -139,6 +141,11 @@ class Checkpoints(StepCallback):
         self._folder, self._config, self._steps, self._here, self._run = folder, config, steps, here, run
         self._signal: int | None = None
 
+    def on_run_start(self, trainer: pl.Trainer, training: Training, step: int) -> None:
+        """Save what the run begins from."""
+        if step == 0 and self._config.goes_back:
+            parallel.save(trainer, self._config, self._folder)
+
     def ask(self, number: int, frame: FrameType | None) -> None:
         """A signal asks to stop."""
         if self._signal is not None:  # asked twice: the last checkpoint is whole, so leave at once
@@ -149,7 +156,7 @@ class Checkpoints(StepCallback):
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Save where it is time, and stop where a signal asked."""
         asked = self._here.most(self._signal or 0, training.device)
-        if step % self._config.checkpoint_every == 0 or step == self._steps or asked:
+        if step % self._config.checkpoint_every == 0 or step == self._steps or asked or trainer.should_stop:
             parallel.save(trainer, self._config, self._folder)
         if asked:
             raise Interrupted(asked, f"stopped and saved after step {step} of {self._steps}; run again to continue")

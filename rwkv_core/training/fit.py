@@ -1,6 +1,7 @@
 """The training run: set up, continued where it stopped, driven by Lightning."""
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,16 @@ from rwkv_core.data.rows import Rows
 from rwkv_core.data.sampling import Batch, MicroBatches, extent
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
+from rwkv_core.tokenizer import Tokenizer
 from rwkv_core.training import context, optimizers, parallel, saves, schedule
 from rwkv_core.training.callbacks import Checkpoints, Listener, Log, Recorder, peak_memory_mb
 from rwkv_core.training.checkpoints import CheckpointFile, latest, summary
+from rwkv_core.training.early import StopEarly, is_over
+from rwkv_core.training.guards import Again, Guards, Incident, forget
 from rwkv_core.training.module import History, Training
 from rwkv_core.training.parallel import ALONE, Ranks
 from rwkv_core.training.progress import TRAIN_LOG, Progress, TrainLog
+from rwkv_core.training.samples import Samples
 
 
 class Result(NamedTuple):
@@ -36,7 +41,8 @@ class Result(NamedTuple):
     resumed_at: int
     """Steps that were already done when this process began."""
     seconds: float
-    """Time in training steps, in this process; and tokens read in it, learned or not, per second of that."""
+    """Time in training steps, in this process, since it last went back to a checkpoint; and tokens read in it, learned or not,
+    per second of that."""
     tokens_per_second: float
     peak_memory_mb: float
     epochs: float
@@ -46,6 +52,8 @@ class Result(NamedTuple):
     """The adapter that the run results in, where it is not that of the last step, which is in the model."""
     step: int
     """Steps that were done when the run was what it results in."""
+    incidents: list[Incident]
+    """What should not have been, and what was done about it; of all of the run."""
 
 
 def fit(
@@ -61,6 +69,8 @@ def fit(
     here: Ranks = ALONE,
     keep: saves.Keep | None = None,
     run: str | None = None,
+    made_from: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Result:
     """Train what `groups` hold, in place.
 
@@ -80,11 +90,14 @@ def fit(
         here: this process among those that share the run; Lightning starts the others.
         keep: writes what was learned as an adapter, for config.saves.
         run: the run's id, which its checkpoints remember.
+        made_from: how the model was made, for who reproduces what a micro-batch did, see `reproduce.keep`; None where all of it
+            is trained.
+        tokenizer: of the model's vocabulary; only the samples need it.
 
     Raises:
         InputError: the settings do not fit each other or the data.
         Interrupted: a signal asked to stop; the run is saved.
-        WorldError: the checkpoint can't be written.
+        WorldError: the checkpoint can't be written; or the guards stop the run.
     """
     if here.rank == 0:
         saves.check(config.saves, keep)
@@ -94,9 +107,47 @@ def fit(
             f"{here.world} processes share them, and a lane's state is with one of them",
             "make the rows for as many processes",
         )
+    guards = Guards(folder, config, made_from, here)
+    attempt = functools.partial(
+        _attempt, model, train, valid, guards, seed=seed, folder=folder, log=log, here=here, keep=keep, run=run,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    while True:
+        try:
+            return attempt([dict(group) for group in groups])  # an optimizer keeps its own state in them
+        except Again:
+            pass
+        except (RuntimeError, MemoryError) as error:
+            guards.out_of_memory(error)
+        forget(model)  # outside of the handlers, where nothing holds the broken step any more
+
+
+def _attempt(
+    model: RWKV,
+    train: Rows[Any],
+    valid: Rows[Any],
+    guards: Guards,
+    groups: list[dict[str, Any]],
+    *,
+    seed: int,
+    folder: Path,
+    log: Log,
+    here: Ranks,
+    keep: saves.Keep | None,
+    run: str | None,
+    tokenizer: Tokenizer | None,
+) -> Result:
+    """Train from the last checkpoint on, as `fit` says, until the end or until something is met."""
+    config = guards.config
     whole = extent(train, config, here.world)
     batches = MicroBatches(
-        train, config.micro_batch, config.accumulate, whole.rows, **here._asdict(), full=config.parallel.stage > 0
+        train,
+        config.micro_batch,
+        config.accumulate,
+        whole.rows,
+        **here._asdict(),
+        full=config.parallel.stage > 0,
+        left_out=guards.left_out,
     )
     schedule.check(config.optimizer, batches.steps)
     context.check(config.context, batches.steps)
@@ -109,20 +160,33 @@ def fit(
         flush=True,
     )
     last, done = latest(folder)
+    guards.begin(batches, done)
+    # what the callbacks need is refused before anything starts
+    samples = [_samples(config, tokenizer, folder, batches.steps, seed)] if config.samples is not None else []
     recorder = Recorder(batches.steps, measured(valid, config, here), config.validate_every, log)
     with _quiet():
         checkpoints = Checkpoints(folder, config, batches.steps, here, run)
-        callbacks: list[pl.Callback] = [Listener(checkpoints.ask), recorder]
+        callbacks: list[pl.Callback] = [
+            Listener(checkpoints.ask),
+            guards,
+            recorder,
+            StopEarly(config.stop_early),
+            *samples,
+        ]
         if here.rank == 0:
             callbacks += [Progress(recorder, batches.steps), TrainLog(folder / TRAIN_LOG, whole.epochs, batches.steps)]
             if keep is not None:
                 callbacks.append(saves.Saves(folder, plan, batches.steps, keep))
         trainer = _trainer(config, [*callbacks, checkpoints], here)  # the checkpoints come after all else of a step
-    if last is not None and done == batches.steps:  # killed after the last step: it is left to take what it learned
-        saved = torch.load(summary(last), weights_only=True)
+    saved = torch.load(summary(last), weights_only=True, mmap=True) if last is not None else None
+    if saved is not None and not done:  # this process may have gone further, and come back
+        training.load_state_dict(saved["state_dict"], strict=False)
+    if saved is not None and is_over(saved["history"], done, batches.steps, config.stop_early):
+        # killed after the last step: nothing is left to do but to take what it learned
         training.load_state_dict(saved["state_dict"], strict=False)
         training.on_load_checkpoint(saved)
     else:
+        del saved
         loader = torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=_From(done * config.accumulate, len(batches)), num_workers=0
         )
@@ -130,21 +194,31 @@ def fit(
             # the loader starts where the checkpoint ends, which Lightning can't see; and it needs no workers
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*|.*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*|.*isinstance.treespec.*")
-            trainer.fit(training, loader, ckpt_path=last, weights_only=True if last else None)
-    step = plan.result(training.history["valid"])
+            trainer.fit(training, loader, ckpt_path=last if done else None, weights_only=True if done else None)
+    steps, measurements = max(training.history["train"]), training.history["valid"]
+    step = plan.result(steps, measurements)
     return Result(
         training.history,
-        batches.steps,
-        int(training.history["train"][batches.steps]["tokens"]),
-        done,
+        steps,
+        int(training.history["train"][steps]["tokens"]),
+        guards.began or 0,
         recorder.seconds,
         recorder.tokens / recorder.seconds if recorder.seconds else 0.0,
         peak_memory_mb(),
-        whole.epochs,
-        saves.paths(folder, plan, batches.steps, training.history["valid"]),
-        folder / saves.FOLDER / saves.name(step) if step != batches.steps else None,
+        whole.epochs * steps / batches.steps,
+        saves.paths(folder, plan, steps, measurements),
+        folder / saves.FOLDER / saves.name(step) if step != steps else None,
         step,
+        guards.incidents,
     )
+
+
+def _samples(config: TrainConfig, tokenizer: Tokenizer | None, folder: Path, steps: int, seed: int) -> Samples:
+    if config.samples is None or tokenizer is None:
+        raise InputError(
+            "train.samples", "text is made of tokens by a tokenizer", "give fit() the model's, or set null"
+        )
+    return Samples(config.samples, tokenizer, folder, steps, config.ctx_len, seed)
 
 
 def _trainer(config: TrainConfig, callbacks: list[pl.Callback], here: Ranks) -> pl.Trainer:

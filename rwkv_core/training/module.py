@@ -98,6 +98,25 @@ class Training(pl.LightningModule):
         """Names of the parameters."""
         model.spare(parts=config.context.parts, grad_cp=config.context.grad_cp)
 
+    @property
+    def seed(self) -> int:
+        """Of dropout."""
+        return self._seed
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self._config.accumulate
+
+    def lanes_now(self) -> State | None:
+        """A copy of the states that rows have left."""
+        state = self._lanes.state
+        return None if state is None else [BlockState(*(x.clone() for x in block)) for block in state]
+
+    def set_lanes(self, state: State | None) -> None:
+        """Let rows go on from these states."""
+        self._lanes.state = state
+
     def _read(self, groups: Iterable[Group], lanes: Lanes) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the head reads, the targets, and their weights: of all groups, end to end."""
         features, targets, weights = [], [], []
@@ -126,8 +145,8 @@ class Training(pl.LightningModule):
         groups, size = self._windows(batch.groups, batch_idx), self._config.context.segment
         if self._in_step_with_others:
             groups = evened(groups, self._here, self.device)
-        if not groups:  # a sum of nothing, with a gradient, as Lightning wants
-            return next(p for p in self.parameters() if p.requires_grad).flatten()[:0].sum()
+        if not groups:  # a sum of nothing, whose gradient is 0 for all: as of rows of which nothing is learned
+            return torch.stack([p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad]).sum()
         weight = batch.step_weight or 1  # 0, where the step has nothing to learn
         if size is None or (len(groups) == 1 and groups[0].inputs.shape[1] <= size):
             loss = self._head_loss(*self._read(groups, self._lanes))
@@ -238,8 +257,8 @@ class Training(pl.LightningModule):
                 yield x.flatten(0, 1), part.targets.flatten()
             lanes.keep(group, state or [])
 
-    def note_step(self, step: int) -> dict[str, float]:
-        """Add the row of a finished optimizer step to the history; its `tokens` are those learned so far."""
+    def sum_ranks(self) -> None:
+        """A step is done: let its loss, its tokens and its gradient norm be those of all ranks."""
         if self._here.world > 1:
             shares = [self.step_loss, self.step_learned, self.step_tokens]
             loss, learned, tokens = self._here.total(shares, self.device)
@@ -247,6 +266,9 @@ class Training(pl.LightningModule):
         if self._config.parallel.stage:
             engine: Any = self.trainer.strategy.model
             self.grad_norm = float(engine.get_global_grad_norm())
+
+    def note_step(self, step: int) -> dict[str, float]:
+        """Add the row of a finished optimizer step to the history; its `tokens` are those learned so far."""
         lr = learning_rate(self._config.optimizer, step - 1, self._steps)
         before = self.history["train"].get(step - 1)
         tokens = self.step_learned + (int(before["tokens"]) if before else 0)

@@ -155,6 +155,12 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             "what is trained is whole at the end of the run alone",
             "set all of it to null, 0 and last, or the strategy to ddp",
         )
+    if config.samples is not None and config.parallel.shares_parameters:
+        raise InputError(
+            f"train.samples with {config.parallel.strategy}",
+            "each process has a share of the parameters, and a text is made by one",
+            "set null, or the strategy to ddp",
+        )
     if config.context.segment is not None and config.parallel.shares_parameters:
         raise InputError(
             f"train.parallel.strategy = {config.parallel.strategy}",

@@ -52,9 +52,11 @@ class Plan:
         """Whether it may be kept at all."""
         return step in valid or bisect.bisect_left(self._due, step) < bisect.bisect_right(self._due, step)
 
-    def periodic(self, step: int) -> list[int]:
-        """Kept after `step` steps because it was time, or for they are the run's last."""
+    def periodic(self, step: int, *, ended: bool = False) -> list[int]:
+        """Kept after `step` steps because it was time, or because the run has `ended` there."""
         due = [s for s in self._due if s <= step]
+        if ended and self._due and step not in due:
+            due.append(step)
         return due if self._config.keep_last is None else due[-self._config.keep_last :]
 
     def best(self, step: int, valid: History, count: int) -> list[int]:
@@ -62,18 +64,18 @@ class Plan:
         measured = [(row["loss"], s) for s, row in valid.items() if 0 < s <= step and not math.isnan(row["loss"])]
         return [s for _, s in sorted(measured)[:count]]
 
-    def kept(self, step: int, valid: History) -> set[int]:
+    def kept(self, step: int, valid: History, *, ended: bool = False) -> set[int]:
         """All that is kept after `step` steps, for people to have."""
-        return {*self.periodic(step), *self.best(step, valid, self._config.keep_best)}
+        return {*self.periodic(step, ended=ended), *self.best(step, valid, self._config.keep_best)}
 
-    def needed(self, step: int, valid: History) -> set[int]:
+    def needed(self, step: int, valid: History, *, ended: bool = False) -> set[int]:
         """The same, and the one that the run may result in."""
-        return self.kept(step, valid) | {*self.best(step, valid, int(self._config.result == "best"))}
+        return self.kept(step, valid, ended=ended) | {*self.best(step, valid, int(self._config.result == "best"))}
 
-    def result(self, valid: History) -> int:
-        """The step whose adapter the run results in. Where no held-out loss is a number, the last."""
-        best = self.best(self._steps, valid, 1) if self._config.result == "best" else []
-        return best[0] if best else self._steps
+    def result(self, step: int, valid: History) -> int:
+        """The step whose adapter a run that ended after `step` results in. Where no held-out loss is a number, that one."""
+        best = self.best(step, valid, 1) if self._config.result == "best" else []
+        return best[0] if best else step
 
 
 class Saves(StepCallback):
@@ -104,9 +106,10 @@ class Saves(StepCallback):
         valid = training.history["valid"]
         if not self._plan.concerns(step, valid):
             return
-        needed = self._plan.needed(step, valid)
+        ended = step == self._steps or trainer.should_stop
+        needed = self._plan.needed(step, valid, ended=ended)
         if step in needed:
-            self._write(self._path(step), None if step == self._steps else step)
+            self._write(self._path(step), None if ended else step)
         for found in self._there() - needed.union(*(self._plan.needed(point, valid) for point in self._points)):
             self._path(found).unlink()
 
@@ -139,4 +142,4 @@ def check(config: SavesConfig, keep: Keep | None) -> None:
 
 def paths(folder: Path, plan: Plan, steps: int, valid: History) -> Mapping[int, Path]:
     """The files of the adapters kept of a finished run whose folder this is, by step."""
-    return {step: folder / FOLDER / name(step) for step in sorted(plan.kept(steps, valid))}
+    return {step: folder / FOLDER / name(step) for step in sorted(plan.kept(steps, valid, ended=True))}

@@ -517,3 +517,71 @@ def test_a_logger_that_is_not_installed_is_said_before_anything_is_trained(fresh
         "tracking.also = wandb: it is not installed; pip install 'rwkv-flow[wandb]', or leave it out" in failed.stdout
     )
     assert files(fresh) == before
+
+
+def planted_project(root):
+    """A project whose base has a NaN in the embedding of a token that one training row has."""
+    from rwkv_core.tokenizer import named
+
+    project = make(root)
+    corpus = project.root / "mine/corpus.jsonl"
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    (token,) = named("world", {}).encode("橋")
+    rows[7]["text"] += " 橋 and more."
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = checkpoint.read(project.root / "mine/base.pth")
+    base["emb.weight"] = base["emb.weight"].clone()
+    base["emb.weight"][token] = float("nan")
+    checkpoint.write(project.root / "mine/base.pth", base)
+    project.stage("prepare")
+    data = Documents(project.root / "outputs/data/train")
+    assert any(token in data[i] for i in range(len(data))), "it is held out: plant it in another row"
+    return project
+
+
+def test_a_micro_batch_that_does_harm_goes_through_the_pipeline(tmp_path):
+    """It is left out, reproduced by a command, in the run's record and in MLflow; samples are kept too."""
+    project = planted_project(tmp_path / "project")
+    samples = {"every": 4, "prompts": ["User: What is 1?"], "max_tokens": 3, "temperature": 0, "top_p": 1}
+    project.set(train__samples=samples, train__guards__attempts=1)
+    said = project.stage("train").stdout
+    (incident,) = (
+        json.loads(line) for line in (project.root / "outputs/train/incidents.jsonl").read_text().splitlines()
+    )
+    assert (incident["what"], incident["action"]) == ("not_finite", "quarantined")
+    assert f"step {incident['step']}: not_finite" in said
+    assert project.json("outputs/train/metrics.json")["incidents"] == 1
+    assert project.json("outputs/train/run.json")["incidents"] == ["not_finite"]
+    (run,) = (project.root / ".rwkvflow/runs").iterdir()
+    assert sorted(p.name for p in run.glob("*.jsonl")) == ["metrics.jsonl"]
+    folder = run / incident["values"]["kept"][0]
+    command = (folder / "README.md").read_text().split("    ")[-1].split()
+    done = project.run(sys.executable, *command[1:])
+    assert done.stdout.endswith("not finite first: emb\nreproduced\n")
+    lines = [json.loads(line) for line in (project.root / "outputs/train/samples.jsonl").read_text().splitlines()]
+    steps = project.json("outputs/train/metrics.json")["steps"]
+    assert [line["step"] for line in lines] == sorted({*range(0, steps, 4), steps})
+    code = (
+        "import mlflow, json; c = mlflow.MlflowClient('sqlite:///mlflow.db'); e = c.get_experiment_by_name('rwkv-flow');"
+        "(r,) = c.search_runs([e.experiment_id]); print(json.dumps([r.data.tags['incident'],"
+        "[a.path for a in c.list_artifacts(r.info.run_id, 'train')]]))"
+    )
+    tag, artifacts = json.loads(project.run(sys.executable, "-c", code).stdout.splitlines()[-1])
+    assert tag == "not_finite"
+    assert {"train/incidents.jsonl", "train/samples.jsonl"} <= set(artifacts)
+
+
+def test_more_attempts_continue_a_run_that_was_stopped(tmp_path):
+    """attempts is no part of a run's name: what was learned, and what is left out, stays."""
+    project = planted_project(tmp_path / "project")
+    project.set(train__guards__not_finite="stop")
+    failed = project.stage("train", check=False)
+    assert failed.returncode == 1
+    assert "a loss and its gradient are finite numbers; lower the learning rate" in failed.stdout
+    assert "Traceback" not in failed.stdout
+    (run,) = (project.root / ".rwkvflow/runs").iterdir()
+    record = project.json(run / "run.json")
+    assert (record["status"], record["incidents"]) == ("failed", ["not_finite"])
+    project.set(train__guards__attempts=5)
+    project.stage("train", check=False)
+    assert list((project.root / ".rwkvflow/runs").iterdir()) == [run]
