@@ -199,7 +199,8 @@ class Guards(StepCallback):
             return
         if answer == "warn":
             self._note(Incident(step, what, "warned", values))
-        elif answer == "quarantine" and trainer.world_size == 1 and self._may_go_back():
+        elif answer == "quarantine" and trainer.world_size == 1 and self._suspect is None and self._may_go_back():
+            # a suspect still there was not come back to: the same steps went another way, which going back does not help
             self._suspect = Incident(step, what, "went back", values)
             raise Again
         else:
