@@ -36,6 +36,9 @@ QUARANTINE = "quarantine"
 
 What = Literal["not_finite", "spike", "blow_up", "dead_adapter", "out_of_memory"]
 Action = Literal["warned", "quarantined", "went back", "replanned", "stopped"]
+_SOME = 1024
+"""Values of a tensor that are looked at before all of them are."""
+
 _BACK = ("quarantined", "went back", "replanned")
 
 
@@ -202,7 +205,8 @@ class Guards(StepCallback):
             return
         if answer == "warn":
             self._note(Incident(step, what, "warned", values))
-        elif answer == "quarantine" and self._may_go_back():
+        elif answer == "quarantine" and self._suspect is None and self._may_go_back():
+            # a suspect still there was not come back to: the same steps went another way, which going back does not help
             self._suspect = Incident(step, what, "went back", values)
             raise Again
         else:
@@ -331,21 +335,22 @@ def dead_adapters(training: Training) -> list[str]:
 
     A part that begins at 0 has moved after a single step. Where another keeps the gradients, nothing is said.
     """
-    flags: list[Tensor] = []
-    parts: list[tuple[str, int]] = []
+    parts: dict[str, list[Tensor]] = {}
     for name, module in training.model.named_modules():
         if isinstance(module, AdaptedLinear):
-            trained = [p for p in module.parameters() if p.requires_grad]
-            parts.append((name, len(trained)))
-            for p in trained:
-                reached = p.new_zeros((), dtype=torch.bool) if p.grad is None else p.grad.any()
-                flags += [reached, p.any()]
-    if not flags or all(p.grad is None for p in training.parameters()):
+            parts[name] = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for some in parts.values() for p in some]
+    if not trained or all(p.grad is None for p in training.parameters()):
         return []
-    known = iter(torch.stack(flags).tolist())  # all in one go, where a device must be waited for
+    gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in trained]
+    tensors = [*gradients, *trained]
+    # the first values say it, but for few; and all in one go, where a device must be waited for
+    begun = torch.stack([x.flatten()[:_SOME].any() for x in tensors]).tolist()
+    alive = [some or bool(x.any()) for some, x in zip(begun, tensors, strict=True)]
+    known = iter(zip(alive[: len(trained)], alive[len(trained) :], strict=True))
     dead = []
-    for name, count in parts:
-        pairs = [(next(known), next(known)) for _ in range(count)]
+    for name, some in parts.items():
+        pairs = [next(known) for _ in some]
         if pairs and (
             not any(reached for reached, _ in pairs) or any(reached and not moved for reached, moved in pairs)
         ):
