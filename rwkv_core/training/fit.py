@@ -194,6 +194,7 @@ def _attempt(
             # the loader starts where the checkpoint ends, which Lightning can't see; and it needs no workers
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*|.*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*|.*isinstance.treespec.*")
+            warnings.filterwarnings("ignore", ".*lr_scheduler.step.*before `optimizer.step.*")  # fp16's first overflows
             trainer.fit(training, loader, ckpt_path=last if done else None, weights_only=True if done else None)
     steps, measurements = max(training.history["train"]), training.history["valid"]
     step = plan.result(steps, measurements)
