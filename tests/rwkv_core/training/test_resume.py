@@ -87,8 +87,8 @@ def expected(undisturbed, folder, start):
     return undisturbed
 
 
-def finish(start, folder, expected):
-    assert start(folder) == 0
+def finish(start, folder, expected, settings=SETTINGS):
+    assert start(folder, settings) == 0
     assert {name: (folder / name).read_bytes() for name in OUTPUTS} == expected
     assert [path.name for path in (folder / "run").glob("[!.]*")] == ["last.ckpt"]
     return int((folder / "resumed_at").read_text())
@@ -163,6 +163,21 @@ def test_kills_of_a_run_whose_states_go_on(folder, start):
     assert start(folder, settings) == 0
     assert {name: (folder / name).read_bytes() for name in OUTPUTS} == expected
     assert int((folder / "resumed_at").read_text()) == 9
+
+
+def test_kills_while_the_context_grows(folder, start):
+    """The windows, and what dropout draws in each of their segments, are functions of the step."""
+    grows = {"segment": 3, "initial_ctx_len": 2, "ctx_warmup_steps": 10}
+    settings = SETTINGS | {"context": SETTINGS["context"] | grows}
+    assert start(folder, settings) == 0
+    expected = {name: (folder / name).read_bytes() for name in OUTPUTS}
+    assert expected["history.json"].count(b"ctx_len") == STEPS
+    for name in (*OUTPUTS, "run/last.ckpt"):
+        (folder / name).unlink()
+    for done, forward in ((4, 50), (8, 50)):
+        assert start(folder, settings, at="forward", count=[forward], signals=[SIGKILL]) == -SIGKILL
+        assert last(folder) == done
+    assert finish(start, folder, expected, settings) == 8
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(expected, folder, start):
