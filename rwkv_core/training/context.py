@@ -231,7 +231,7 @@ def _flat(state: State) -> list[Tensor]:
 
 
 def _detached(state: State) -> State:
-    """Without a graph, and without what it may be a view of: the last token's is one of all tokens."""
+    """Without a graph, and without what it may be a view of: by plain torch the last token's is one of all tokens."""
     return [BlockState(*(_alone(x.detach()) for x in block)) for block in state]
 
 
