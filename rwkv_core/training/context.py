@@ -92,11 +92,20 @@ class Sweep:
             loss_of: the head's loss.
             size: tokens of a segment.
             bptt: at every how many-th border gradients end.
-            scale: what the loss counts; small gradients are found at this scale, and leave `loss` at it.
+            scale: what the loss will be multiplied by: gradients are found at this scale, where small ones are not lost.
+
+        Raises:
+            InputError: processes share each parameter.
         """
         self._model, self._loss_of, self._size, self._scale = model, loss_of, size, scale
         self._bptt = None if bptt == "exact" else bptt
         self._trained = [p for p in model.parameters() if p.requires_grad]
+        if any(map(_in_shards, self._trained)):
+            raise InputError(
+                f"train.context.segment = {size}",
+                "a segment's gradients are of whole parameters, and this strategy (FSDP, or DeepSpeed's stage 3) splits them",
+                "set null, and grad_cp: true; or take ddp, or deepspeed_stage_1 or 2",
+            )
         self._gradients: list[Tensor | None] = [None] * len(self._trained)
         self._losses: list[Tensor] = []
         # both passes draw the same for dropout: each segment from a seed of its own, that of the micro-batch and its number
@@ -138,7 +147,7 @@ class Sweep:
         borders = [_detached(state)]
         with torch.no_grad():
             for number, segment in numbered[:-1]:
-                borders.append(self._run(number, segment, borders[-1])[1])
+                borders.append(_detached(self._run(number, segment, borders[-1])[1]))
         last: State | None = None
         back: list[Tensor | None] = []
         for number, segment in reversed(numbered):
@@ -199,6 +208,11 @@ class _Found(torch.autograd.Function):
         return None, None, None, *gradients
 
 
+def _in_shards(p: Tensor) -> bool:
+    """Whether a parameter is only a part of what the model computes with: as FSDP, fully_shard and ZeRO-3 mark theirs."""
+    return any(hasattr(p, name) for name in ("ds_id", "_fsdp_flattened", "_local_tensor"))
+
+
 @contextlib.contextmanager
 def _unheard(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Within, hooks of tensors do not hear of their gradients: those here are parts of the one that they will hear of."""
@@ -217,4 +231,13 @@ def _flat(state: State) -> list[Tensor]:
 
 
 def _detached(state: State) -> State:
-    return [BlockState(*(x.detach() for x in block)) for block in state]
+    """Without a graph, and without what it may be a view of: by plain torch the last token's is one of all tokens."""
+    return [BlockState(*(_alone(x.detach()) for x in block)) for block in state]
+
+
+def _alone(x: Tensor) -> Tensor:
+    return (
+        x
+        if x.untyped_storage().nbytes() == x.nbytes and x.is_contiguous()
+        else x.clone(memory_format=torch.contiguous_format)
+    )

@@ -1,6 +1,10 @@
 """Rows read segment by segment, in parts, in checkpointed blocks and in windows: against one graph, in float64."""
 
 import itertools
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -391,6 +395,86 @@ def test_a_growing_context_in_segments():
         settings = config("stream", 31, micro_batch=2, context=grows | {"segment": size})
         runs.append(found(adapted("6", LORA), settings))
     same(*runs)
+
+
+def one_rank(rank, folder):
+    """A step of a process, one of two: what DDP leaves as the gradients."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    settings = config("pad", 31, micro_batch=2, context={"segment": 4})
+    cut = rows(documents(SIZES, masks=MASKS, weights=WEIGHTS), settings, 3, world=2)
+    module = training(adapted("7", LORA), settings)
+    module.forward = lambda batch: module.training_step(batch, 0)
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    parallel(MicroBatches(cut, 2, 1, 8, rank=rank, world=2)[0]).backward()
+    torch.save({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad}, folder / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """DDP hears of each parameter once, and sums what both have; it divides by their number."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=one_rank, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    ours = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    settings = config("pad", 31, micro_batch=4)
+    batch = micro_batches(settings)[0]
+    model = adapted("7", LORA)
+    want = gradients(model, training(model, settings).training_step(batch, 0))
+    assert ours[0].keys() == want.keys()
+    for name, x in want.items():
+        torch.testing.assert_close(2 * ours[0][name], x, **RESULT)
+        assert torch.equal(ours[0][name], ours[1][name])
+
+
+def peak(tokens, **given):
+    """MB that a row of a small model takes, in a process of its own."""
+    code = f"""if True:
+        import torch
+        from benchmarks import long_context
+        from rwkv_core import memory
+        from rwkv_core.training.callbacks import peak_memory_mb
+        long_context.VOCABULARY = 256
+        torch.set_num_threads(1)
+        with memory.reused():
+            long_context.Row(long_context.make(2, 64), {tokens}, **{given})()
+            print(peak_memory_mb())"""
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def test_memory_is_flat_in_the_length_of_the_row():
+    """From 8 to 64 segments it grows by the states at the borders, 4 MB, and what the heap scatters; one graph by far more."""
+    few, many, whole = peak(8 * 512, segment=512), peak(64 * 512, segment=512), peak(64 * 512)
+    assert many - few < 50
+    assert whole - many > 2 * (many - few)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_border_keeps_no_more_than_its_state(version):
+    """By plain torch the last token's is a view of all tokens."""
+    model = make(version=version, op="torch")
+    with torch.no_grad():
+        _, state = model.features(torch.randint(0, 64, (2, 20)))
+    views = [x for block in state for x in block if x.untyped_storage().nbytes() != x.nbytes]
+    assert views
+    for x, y in zip(*([x for block in s for x in block] for s in (state, context._detached(state))), strict=True):
+        assert torch.equal(x, y)
+        assert y.untyped_storage().nbytes() == y.nbytes
+
+
+@pytest.mark.parametrize(("name", "value"), [("ds_id", 3), ("_fsdp_flattened", True)])
+def test_parameters_in_shards_are_refused(name, value):
+    """DeepSpeed's stage 3 and FSDP mark them so: what autograd would find for them is nothing."""
+    settings = config("pad", 31, micro_batch=2, context={"segment": 4})
+    model = adapted("7", LORA)
+    setattr(model.blocks[1].att.value.lora_A, name, value)
+    with pytest.raises(InputError, match="a segment's gradients are of whole parameters"):
+        training(model, settings).training_step(micro_batches(settings)[0], 0)
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def there(folder):
     return {path.name for path in (folder / "run").iterdir()}
 
 
-def finish(start, folder, expected):
-    assert start(folder) == 0
+def finish(start, folder, expected, settings=SETTINGS):
+    assert start(folder, settings) == 0
     assert outputs(folder) == expected
     assert {name for name in there(folder) if not name.startswith(".")} == {
         "last.ckpt",
@@ -309,6 +309,20 @@ def test_a_full_disk_while_an_adapter_is_kept(space, folder, start):
     assert start(folder, settings) == 0
     assert outputs(folder) == expected
     assert int((folder / "resumed_at").read_text()) == 4
+
+
+def test_kills_while_the_context_grows(folder, start):
+    """The windows, and what dropout draws in each of their segments, are functions of the step."""
+    grows = {"segment": 3, "initial_ctx_len": 2, "ctx_warmup_steps": 10}
+    settings = SETTINGS | {"context": SETTINGS["context"] | grows}
+    assert start(folder, settings) == 0
+    expected = outputs(folder)
+    assert expected["history.json"].count(b"ctx_len") == STEPS
+    clear(folder)
+    for done, forward in ((4, 50), (8, 50)):
+        assert start(folder, settings, at="forward", count=[forward], signals=[SIGKILL]) == -SIGKILL
+        assert last(folder) == done
+    assert finish(start, folder, expected, settings) == 8
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(expected, folder, start):
