@@ -11,14 +11,13 @@ from typing import Any, Literal, NamedTuple
 TOOLS = {"P": "RWKV-PEFT 2025", "Q": "RWKV-PEFT 2026", "G": "TrainChatGal", "L": "RWKV-LM"}
 """By the letters that the table has for them."""
 
-Fate = Literal["moved", "read", "dead", "left", "waits"]
+Fate = Literal["moved", "read", "dead", "left"]
 
 FATES: dict[Fate, str] = {
     "moved": "",
     "read": "not needed: read from the model's file",
     "dead": "had no effect there",
     "left": "not here",
-    "waits": "not yet",
 }
 
 
@@ -194,22 +193,23 @@ FLAGS = (
     Flag("lora_parts", "G", "moved", "adapter.targets, adapter.also", "ln and time also where layers leave "
          "blocks out, as there"),
     Flag("lora_layers", "G", "moved", "adapter.layers"),
-    # of sections that others of the engine have
-    Flag("grad_cp", "PQGL", "waits", "", "recomputing blocks, to save memory; never the number of accumulated "
-         "batches, as some pages say"),
-    Flag("chunk_ctx", "PQ", "waits", "", "RWKV-PEFT's infctx cuts the gradient at each chunk"),
-    Flag("ctx_parts", "G", "waits"),
-    Flag("state_cp", "G", "waits", "", "the exact gradient, unlike infctx's"),
-    Flag("initial_ctx_len", "G", "waits"),
-    Flag("ctx_warmup_steps", "G", "waits"),
+    # of the engine
+    Flag("grad_cp", "PQGL", "moved", "train.context.grad_cp", "blocks are made again in the backward pass; never the number of "
+         "accumulated batches, as some pages say", _on),
+    Flag("chunk_ctx", "PQ", "moved", "train.context.segment", "with train_type infctx, which cuts the gradient at each "
+         "chunk: train.context.bptt is 1, and exact has all of it"),
+    Flag("ctx_parts", "G", "moved", "train.context.parts", "with state_cp train.context.segment, the rows' parts"),
+    Flag("state_cp", "G", "moved", "train.context.segment", "the exact gradient, unlike infctx's"),
+    Flag("initial_ctx_len", "G", "moved", "train.context.initial_ctx_len", "rows are cut into windows, and no token is lost"),
+    Flag("ctx_warmup_steps", "G", "moved", "train.context.ctx_warmup_steps", "a continued run goes on with it"),
     Flag("accelerator", "PQGL", "left", "", "a GPU is used where there is one"),
-    Flag("devices", "PQGL", "waits", "", "a micro-batch is of one device; here there is one"),
-    Flag("num_nodes", "PQGL", "waits"),
-    Flag("strategy", "PQGL", "waits"),
-    Flag("ds_bucket_mb", "PQGL", "waits"),
-    Flag("epoch_save", "PQGL", "waits", "", "every so many mini-epochs"),
+    Flag("devices", "PQGL", "moved", "train.parallel.devices"),
+    Flag("num_nodes", "PQGL", "moved", "train.parallel.nodes"),
+    Flag("strategy", "PQGL", "moved", "train.parallel.strategy", "one device needs none but for DeepSpeed's offload"),
+    Flag("ds_bucket_mb", "PQGL", "moved", "train.parallel.bucket_mb"),
+    Flag("epoch_save", "PQGL", "moved", "train.saves.every", "in optimizer steps; with DeepSpeed the last alone is kept"),
     Flag("proj_dir", "PQGL", "left", "", "results are in outputs/, runs in .rwkvflow/"),
-    Flag("wandb", "PQGL", "waits", "", "runs are recorded in MLflow"),
+    Flag("wandb", "PQGL", "moved", "tracking.also", "beside MLflow; needs the extra wandb"),
     Flag("enable_progress_bar", "L", "left", "", "there is a bar on a terminal, and a line now and then elsewhere"),
     Flag("debug", "G", "left", "", "outputs/preview shows what is learned"),
 )  # fmt: skip

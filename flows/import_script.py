@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ def translate(given: Given, tool: str) -> tuple[dict[str, Any], list[str]]:
         if flag.fate == "moved" and flag.value is not None:
             settings[flag.home] = _read(name, word, flag.value)
     script = _Script(tool, given, words, settings, notes)
-    for part in (_data, _rows, _length, _course, _method, _rest):
+    for part in (_data, _rows, _length, _course, _method, _engine, _rest):
         part(script)
     return settings, notes
 
@@ -204,26 +205,67 @@ def _length(script: _Script) -> None:
     ends: dict[str, Any] = {"epochs": None, "steps": None, "tokens": None}
     tokens = abs(script.whole("my_exit_tokens", 0))
     stage = max(script.whole("my_pile_stage", 0), script.whole("train_stage", 0))
-    batch, accumulate = script.settings["train.micro_batch"], script.settings["train.accumulate"]
-    devices = script.whole("devices", 1) * script.whole("num_nodes", 1)
-    steps, count = script.whole("epoch_steps", 1000), script.whole("epoch_count", 500)
+    accumulate = script.settings["train.accumulate"]
+    steps, count = _mini_epoch(script), script.whole("epoch_count", 500)
     if tokens and script.tool in "GL":
         ends["tokens"] = tokens
     elif stage and script.settings["train.rows"] == "magic_prime":
         ends["epochs"] = 1
         script.notes.append("a magic prime's run goes once through all rows: train.epochs is 1")
-    elif script.tool == "Q":
-        ends["steps"] = max(math.ceil(steps / (batch * devices)) * count // accumulate, 1)
     else:
-        ends["steps"] = max(steps * count // devices // accumulate, 1)
+        ends["steps"] = max(int(steps * count) // accumulate, 1)
     if script.tool == "G":
         script.notes.append("TrainChatGal never stops by itself; here the run ends after --epoch_count")
-    if devices > 1:
-        script.notes.append(
-            f"{devices} devices took {devices} micro-batches at a time; with one, train.accumulate = {accumulate * devices} "
-            "has the same effective batch"
-        )
     script.settings.update({f"train.{name}": value for name, value in ends.items()})
+
+
+def _mini_epoch(script: _Script) -> Fraction:
+    """Micro-batches of one, on each device."""
+    devices, steps = script.whole("devices", 1) * script.whole("num_nodes", 1), script.whole("epoch_steps", 1000)
+    if script.tool == "Q":
+        return Fraction(math.ceil(steps / (script.settings["train.micro_batch"] * devices)))
+    if script.tool == "L" and script.settings["train.rows"] == "magic_prime":
+        return Fraction(40320, script.settings["train.micro_batch"] * devices)
+    return Fraction(steps, devices)
+
+
+def _engine(script: _Script) -> None:
+    """Long contexts, several devices, and what is kept."""
+    c, p, settings = "train.context.", "train.parallel.", script.settings
+    ctx_len, parts = settings["train.ctx_len"], max(script.whole("ctx_parts", 1), 1)
+    segment: int | None = None
+    bptt: int | str = "exact"
+    if script.tool in "PQ" and script.words.get("train_type") == "infctx":
+        segment, bptt = script.whole("chunk_ctx", 512), 1
+    elif script.whole("state_cp", 0) and parts > 1:
+        segment, parts = math.ceil(ctx_len / parts), 1
+    elif script.whole("state_cp", 0):
+        script.notes.append("--state_cp 1: had no effect there without --ctx_parts")
+    if segment is not None and segment >= ctx_len:
+        segment, bptt = None, "exact"
+    grows = script.whole("initial_ctx_len", 0) if script.whole("ctx_warmup_steps", 0) else 0
+    if grows >= ctx_len or settings["adapter"]["state"] != "none":  # of nothing, or before a tuned state: not here
+        grows = 0
+    settings |= {
+        c + "segment": segment, c + "bptt": bptt, c + "parts": parts, c + "initial_ctx_len": grows or None,
+        c + "ctx_warmup_steps": script.whole("ctx_warmup_steps", 0) if grows else 0,
+    }  # fmt: skip
+    devices, nodes = max(script.whole("devices", 1), 1), max(script.whole("num_nodes", 1), 1)
+    given = script.words.get("strategy", "auto")
+    known = re.fullmatch(r"(deepspeed_stage_[123](?:_offload)?|fsdp|ddp).*", given)
+    strategy = known[1] if known else "ddp"
+    if devices * nodes == 1 and not strategy.endswith("offload"):
+        strategy = "one_device"
+    strategy = {"deepspeed_stage_1_offload": "deepspeed_stage_2_offload"}.get(strategy, strategy)
+    settings |= {
+        p + "strategy": strategy, p + "devices": None if strategy == "one_device" else devices, p + "nodes": nodes,
+        p + "bucket_mb": script.whole("ds_bucket_mb", 25),
+    }  # fmt: skip
+    every = int(script.whole("epoch_save", 0) * _mini_epoch(script)) // settings["train.accumulate"]
+    if every and not strategy.startswith(("deepspeed", "fsdp")):
+        settings["train.saves.every"] = every
+    if script.words.get("wandb"):
+        settings["tracking.also"] = ["wandb"]
 
 
 def _course(script: _Script) -> None:
@@ -385,8 +427,6 @@ def _rest(script: _Script) -> None:
     if script.settings.get("model.base") in ("", "0"):
         script.notes.append("--load_model: was a new model, or the newest of --proj_dir; set model.base")
         del script.settings["model.base"]
-    if script.words.get("train_type") == "infctx":
-        script.notes.append("--train_type infctx: not yet; contexts are read whole")
     if script.settings["train.rows"] in ("stream", "magic_prime") and script.settings["adapter"]["state"] != "none":
         script.notes.append("a tuned state stands at a document's beginning: train.rows is pad")
         script.settings["train.rows"] = "pad"

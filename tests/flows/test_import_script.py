@@ -133,7 +133,8 @@ def test_the_disha_script(imported):
     base = params.load(ROOT / "params.yaml")
     assert (p.seed, p.evaluate, p.export, p.data.holdout) == (base.seed, base.evaluate, base.export, base.data.holdout)
     said = "\n".join(found.notes)
-    assert "--grad_cp 1: not yet; recomputing blocks, to save memory; never the number of accumulated batches" in said
+    assert p.train.context.grad_cp
+    assert "--grad_cp 1: train.context.grad_cp; blocks are made again in the backward pass; never the number of" in said
     assert "--epoch_steps 1200: train.steps; a mini-epoch" in said
     assert "optional" not in said
     assert all(f"# {note}" in found.yaml for note in found.notes)
@@ -165,11 +166,22 @@ def test_the_chatgal_script(imported):
     t, o = p.train, p.train.optimizer
     assert (t.accumulate, t.steps, t.rows, t.ctx_len) == (8, 250, "stream", 8192)
     assert (o.schedule, o.warmup_steps, o.warmup_from, o.betas) == ("exponential", 50, 0.2, (0.9, 0.999))
-    waiting = {"grad_cp", "state_cp", "ctx_parts", "initial_ctx_len", "ctx_warmup_steps", "strategy"}
-    known = flags_of("G")
-    assert {name for name in waiting if known[name].fate == "waits"} == {
-        note[2:].split()[0] for note in found.notes if ": not yet" in note
-    } & waiting
+    c = t.context
+    assert (c.segment, c.bptt, c.parts, c.grad_cp) == (1024, "exact", 1, True)
+    assert (c.initial_ctx_len, c.ctx_warmup_steps) == (4096, 200)
+    assert (t.parallel.strategy, t.parallel.devices) == ("deepspeed_stage_2_offload", 1)
+    assert (t.saves.every, p.tracking.also) == (None, ("wandb",))
+
+
+def test_infctx_and_several_cards(imported):
+    p, _ = imported(
+        MISS.replace(
+            "--devices 1", "--devices 4 --strategy deepspeed_stage_1 --train_type infctx --chunk_ctx 256 --epoch_save 1"
+        )
+    )
+    assert (p.train.context.segment, p.train.context.bptt) == (256, 1)
+    assert (p.train.parallel.strategy, p.train.parallel.devices) == ("deepspeed_stage_1", 4)
+    assert p.train.saves.every is None
 
 
 def test_the_rwkv_lm_script(imported):
@@ -180,6 +192,7 @@ def test_the_rwkv_lm_script(imported):
     assert (t.rows, t.order, t.tokens, t.steps, t.epochs) == ("magic_prime", "as_given", 1498226207, None, None)
     assert (o.schedule, o.warmup_steps, o.warmup_from, o.eps, o.weight_decay) == ("cosine", 10, 0.01, 1e-18, 0.001)
     assert any("set model.base" in note for note in found.notes)
+    assert (t.parallel.strategy, t.saves.every) == ("one_device", 25200)
     assert "--proj_dir out/L12-D768-x070: not here" in "\n".join(found.notes)
 
 
@@ -317,7 +330,9 @@ EXAMPLES = {
     "bone_config": '{"bone_mode":"bat","bone_load":"a.pth","bone_r":3}',
     "peft_config": '{"r":3,"lora_alpha":5,"lora_dropout":0.2}', "lora": "", "lora_r": "3", "lora_alpha": "5",
     "lora_dropout": "0.2",
-    "lora_load": "a.pth", "lora_parts": "att", "lora_layers": "0-1",
+    "lora_load": "a.pth", "lora_parts": "att", "lora_layers": "0-1", "grad_cp": "1", "chunk_ctx": "16", "ctx_parts": "4",
+    "state_cp": "1", "initial_ctx_len": "64", "ctx_warmup_steps": "7", "devices": "2", "num_nodes": "3",
+    "strategy": "deepspeed_stage_2_offload", "ds_bucket_mb": "7", "epoch_save": "2", "wandb": "project",
 }  # fmt: skip
 """A value of each flag that has a home, other than what there is without it."""
 
@@ -328,7 +343,8 @@ BESIDE = {
     "lora_r": {"lora": ""}, "lora_alpha": {"lora": ""}, "lora_dropout": {"lora": ""}, "lora_load": {"lora": ""},
     "lora_parts": {"lora": ""}, "lora_layers": {"lora": ""}, "sft_field": {"data_type": "sft", "data_file": "x"},
     "data_type": {"data_file": "x"}, "lr_schedule": {"lr_init": "1e-4"}, "warmup_steps P": {"lr_schedule": "wsd"},
-    "quant": {"peft": "lora"},
+    "quant": {"peft": "lora"}, "chunk_ctx": {"train_type": "infctx"}, "state_cp": {"ctx_parts": "4"},
+    "initial_ctx_len": {"ctx_warmup_steps": "5"}, "ctx_warmup_steps": {"initial_ctx_len": "64"},
 }  # fmt: skip
 """What a flag needs beside it to have an effect."""
 
