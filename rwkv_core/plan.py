@@ -1,0 +1,245 @@
+"""What a run will take: memory as a sum of named terms, time, disk; and which settings would fit.
+
+Nothing of a checkpoint is loaded but its names, shapes and dtypes. What a step allocates is told by the model itself, see
+`rwkv_core.footprint`.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.head_loss import head_loss, scratch
+from rwkv_core import checkpoint, memory, models
+from rwkv_core.adapters import attach
+from rwkv_core.config import AdapterConfig, ModelConfig, TrainConfig
+from rwkv_core.data.binidx import Documents
+from rwkv_core.errors import InputError
+from rwkv_core.footprint import Gpu, Heap, peak, record, without_memory
+from rwkv_core.models.rwkv4 import RWKV4
+from rwkv_core.models.rwkv5 import RWKV5
+from rwkv_core.models.rwkv6 import RWKV6
+from rwkv_core.models.rwkv7 import RWKV7
+from rwkv_core.models.skeleton import RWKV, Linear, Shape
+from rwkv_core.quantize import Form, Packed, QuantizedLinear
+
+Kind = Literal["cpu", "cuda"]
+
+RUN = 40 << 20
+"""Bytes that a CPU run takes beside tensors after everything is imported: Lightning's trainer, threads, libraries' own."""
+
+CONTEXT = 600 << 20
+"""Bytes of a GPU that a process takes before its first tensor: the context, kernels and the libraries' work space."""
+
+HOLES = 0.05
+"""Share of what a GPU's tensors take that torch's allocator holds beyond them."""
+
+_MOMENTS = 2
+"""Of AdamW, each as a parameter is."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model is made of, without its values."""
+
+    version: type[RWKV]
+    shape: Shape
+    dtypes: dict[str, torch.dtype]
+    """Of the file's tensors; empty where there is no file."""
+    name: str
+
+    def bytes(self, parameters: int) -> int:
+        """Of a checkpoint with that many values in the dtype that most of the file is in; bfloat16 where there is none."""
+        return parameters * max((d.itemsize for d in self.dtypes.values()), default=2)
+
+
+def base_in(path: Path, head_size_divisor: float | None = None) -> Base:
+    """The model in a checkpoint, by its names and shapes alone.
+
+    Raises:
+        InputError: it is no checkpoint of RWKV-4 to 7.
+    """
+    tensors = checkpoint.read(path)
+    version = models.version_of(tensors, path)
+    try:
+        shape = version.shape_of(tensors, models.divisor(path, head_size_divisor))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: {error}", f"must be a whole {version.__name__}", "give a whole checkpoint") from None
+    return Base(version, shape, {name: x.dtype for name, x in tensors.items()}, str(path))
+
+
+def base_named(text: str) -> Base:
+    """The model of a version and sizes, as in 7:32x2560 or, with a vocabulary other than 65536, 4:24x1024x50277.
+
+    Raises:
+        InputError: it is none.
+    """
+    versions: dict[str, type[RWKV]] = {"4": RWKV4, "5": RWKV5, "6": RWKV6, "7": RWKV7}
+    found = re.fullmatch(r"([4-7]):(\d+)x(\d+)(?:x(\d+))?", text)
+    sizes = [int(found[i] or 65536) for i in (2, 3, 4)] if found else [0]
+    if found is None or min(sizes) < 1 or sizes[1] % 64:
+        raise InputError(f"--shape {text}", "is version:layers x width, of heads of 64", "write it as 7:32x2560")
+    version = versions[found[1]]
+    return Base(version, version.new_shape(sizes[0], sizes[1], 64, sizes[2]), {}, f"RWKV-{text}")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is to take."""
+
+    kind: Kind
+    bytes: int
+    process: int
+    """Bytes of a CPU's memory that the process has taken before it loads anything; 0 on a GPU."""
+
+
+def here(given: int | None = None) -> Room:
+    """The memory that training on this machine would have; or a card of `given` bytes."""
+    if given is not None:
+        return Room("cuda", given, 0)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Room("cuda", min(total, free + torch.cuda.memory_reserved()), 0)
+    taken = memory.resident()
+    return Room("cpu", memory.available() + taken, taken)
+
+
+def longest(documents: Documents, train: TrainConfig) -> int:
+    """Tokens of the longest row at most."""
+    if train.rows in ("pad", "only", "chunk"):
+        return min(train.ctx_len, int(np.max(documents.sizes, initial=1)))
+    return min(train.ctx_len, documents.tokens)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What memory depends on."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    train: TrainConfig
+    seed: int = 0
+    row: int | None = None
+    """Tokens of the longest row, where the data is known to have none of ctx_len."""
+    segment: int | None = None
+    """Tokens of a row that have activations at a time; the states between are kept. None: all."""
+    grad_cp: bool = False
+    """Whether of a block its input alone is kept for the backward."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take."""
+
+    terms: dict[str, int]
+    """Bytes by name; their sum is the peak."""
+    room: Room
+    trained: int
+    """Values that are trained."""
+    parameters: int
+    """Values of the model itself."""
+    disk: dict[str, int]
+    """Bytes by file."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.terms.values())
+
+    @property
+    def allocated(self) -> int:
+        """What `training.callbacks.peak_memory_mb` will measure, in bytes: on a GPU the tensors alone."""
+        return self.peak - sum(self.terms.get(name, 0) for name in _BESIDE_TENSORS)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits."""
+        return self.peak <= self.room.bytes
+
+
+_BESIDE_TENSORS = ("GPU context", "GPU allocator")
+
+
+def predict(base: Base, settings: Settings, room: Room) -> Plan:
+    """What training takes, at its peak.
+
+    Raises:
+        InputError: the method does not fit the model, as `attach`.
+    """
+    train = settings.train
+    row = min(settings.row or train.ctx_len, settings.segment or train.ctx_len)
+    segments = math.ceil((settings.row or train.ctx_len) / row)
+    mixed = torch.bfloat16 if train.precision == "bf16" else None
+    with without_memory():
+        model, parameters = _made(base, settings)
+        tokens = torch.zeros(train.micro_batch, row, dtype=torch.int64)
+        trace = record(model, tokens, mixed, grad_cp=settings.grad_cp)
+        features = torch.empty(train.micro_batch * row, base.shape.n_embd, dtype=mixed or model.emb.weight.dtype)
+        logits, _ = scratch(features, model.head.weight)
+        state = sum(x.numel() for part in model.initial_state(1) for x in part)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        held = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - sum(p.nbytes for p in trained)
+    space = Heap() if room.kind == "cpu" else Gpu()
+    space.allocate(logits)
+    found = peak(trace, space, train.accumulate)
+    ours = sum(p.nbytes for p in trained)
+    terms = {
+        "frozen weights": held,
+        "trained parameters": ours,
+        "optimizer moments": _MOMENTS * ours,
+        "gradients": found.gradients,
+        "kept for the backward": found.kept,
+        "working memory": found.working + (found.allocator - logits if room.kind == "cuda" else 0),
+        "logits": logits,
+        "states between rows": 4 * state * (train.micro_batch * train.accumulate if train.carry_state else 0),
+        "states between segments": 4 * state * train.micro_batch * (segments - 1),
+        "held-out rows": 16 * train.validate_rows * row,
+    }
+    step = sum(terms.values())
+    saved = (1 + _MOMENTS) * ours
+    if room.kind == "cpu":
+        terms["allocator"] = found.allocator - logits
+        terms["process"] = room.process + RUN
+        # Lightning makes a checkpoint's bytes in memory; what the step's tensors took is still the heap's by then
+        more = found.after + saved - found.total
+        if more > 0:
+            terms["checkpoint being written"] = more
+    else:
+        terms["GPU context"], terms["GPU allocator"] = CONTEXT, int(HOLES * step)
+    disk = {
+        "checkpoint, and the next one": 2 * saved,
+        "adapter": ours,
+        "merged model": base.bytes(parameters),
+        "exports": base.bytes(parameters) + 2 * parameters,
+    }
+    return Plan({n: size for n, size in terms.items() if size}, room, sum(map(Tensor.numel, trained)), parameters, disk)
+
+
+def _made(base: Base, settings: Settings) -> tuple[RWKV, int]:
+    """The model as `tasks.train` makes it, `without_memory`; and how many values it has by itself."""
+    quantize = settings.model.quantize
+    if quantize != "none":
+        _know_levels(quantize)
+    dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
+    model = base.version(base.shape, settings.model.op)
+    model.adopt({name: torch.empty(x.shape, dtype=dtype) for name, x in model.state_dict().items()})
+    parameters = sum(map(Tensor.numel, model.parameters()))
+    if quantize != "none":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear) and name != "head":
+                model.set_submodule(name, QuantizedLinear(Packed(module.weight, quantize)))
+    attach(model, settings.adapter, settings.seed)
+    return model, parameters
+
+
+def _know_levels(form: Form) -> None:
+    """Have the tables that packing keeps be real ones, not some that have no memory."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        Packed(torch.zeros(1, 256), form).unpacked()
