@@ -1,9 +1,9 @@
 """What a training step allocates, found by running it on tensors that have no memory.
 
-torch's fake tensors have shapes, dtypes and storages, and every operator here says what it would give. So the model itself, with
-its adapter, packed matrices and all that it makes again, tells what is allocated and freed, in order; and no formula can grow
-old. Only what compiled code takes for itself within a call is not seen: of that, the head's logits are worth a word
-(`kernels.head_loss`).
+torch's fake tensors have shapes, dtypes and storages, and every operator here says what it would give. So the model itself,
+with its adapter, packed matrices and all that it makes again, tells what is allocated and freed, in order; and no formula can
+grow old. Only what an operator takes for itself within a call is not seen: of that, what the head takes counts, see
+`kernels.head_loss.scratch`.
 
 On a CPU that order is then given to a model of the C library's heap, whose holes are a part of what is resident.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +31,13 @@ from rwkv_core.models.state import BlockState
 def without_memory() -> Iterator[None]:
     """Within, tensors that are made have no memory; constants that operators keep may be real."""
     with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextlib.contextmanager
+def with_memory() -> Iterator[None]:
+    """Within, tensors that are made have memory again, if `without_memory` is around it."""
+    with unset_fake_temporarily():
         yield
 
 
@@ -99,25 +106,24 @@ def record(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, *, grad_cp: b
         dtype: of the products under mixed precision; None: the model's.
         grad_cp: whether of a block its input alone is kept, and the rest made again.
     """
-    p = next(p for p in model.parameters() if p.requires_grad)
     with _Recorder([*model.parameters(), *model.buffers(), tokens]) as recorder:
         trace = recorder.trace
-        loss = _loss(model, tokens, dtype, grad_cp)
+        total = loss(model, tokens, dtype, grad_cp)
         trace.forward, forward = len(trace.events), len(trace.operations)
         trace.kept = {number for number in recorder.alive.values() if number >= 0}
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         found = [p.grad for p in model.parameters() if p.grad is not None]
         trace.gradients = {recorder.alive[x.untyped_storage()._cdata] for x in found}
         del trace.operations[forward:]
         recorder.trace = Trace()  # what is freed from here on is no part of it
-    del loss, found, p
+    del total, found
     for parameter in model.parameters():
         parameter.grad = None
     return trace
 
 
-def _loss(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, grad_cp: bool) -> Tensor:
-    """As `training.module.Training` makes it."""
+def loss(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, grad_cp: bool) -> Tensor:
+    """Of a micro-batch (B, T), each token as its own target; made as `training.module.Training` makes it."""
     device = tokens.device.type
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
         features, _after = _checkpointed(model, tokens) if grad_cp else model.features(tokens)
@@ -178,7 +184,7 @@ class Heap:
     """Freed blocks up to this long are not joined but kept for the next of their length, so many of each."""
     LARGE = 32 << 20
     """Blocks from here on stand alone, if no free one has room for them."""
-    OBJECTS = (80, 48, 32)
+    OBJECTS = (80, 32)
     """Bytes of what an operation of the forward leaves until its backward: small enough for what is cut off. How many there
     are is chosen so that measured heaps agree (docs/plan.md)."""
 

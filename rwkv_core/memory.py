@@ -63,7 +63,9 @@ def available(root: Path = Path("/")) -> int:
             if most is not None and used is not None:
                 statistics = group / "memory.stat"
                 text = statistics.read_text(encoding="utf-8") if statistics.exists() else ""
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", text, re.MULTILINE)  # given up when it is wanted
+                cached = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$", text, re.MULTILINE
+                )  # given up when it is wanted
                 free.append(max(0, most - used + (int(cached[1]) if cached else 0)))
     return min(free)
 
