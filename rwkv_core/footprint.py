@@ -59,12 +59,12 @@ class Trace:
     """Storages that the backward leaves."""
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes a trace of all that is done within."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         """Of storages other than those of `known`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.alive: dict[int, int] = {x.untyped_storage()._cdata: -1 for x in known}
         """Numbers of storages, by what identifies them."""
@@ -107,7 +107,7 @@ def record(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, *, grad_cp: b
         grad_cp: whether of a block its input alone is kept, and the rest made again.
     """
     with _Recorder([*model.parameters(), *model.buffers(), tokens]) as recorder:
-        trace = recorder.trace
+        trace: Trace = recorder.trace
         total = loss(model, tokens, dtype, grad_cp)
         trace.forward, forward = len(trace.events), len(trace.operations)
         trace.kept = {number for number in recorder.alive.values() if number >= 0}

@@ -169,12 +169,27 @@ class Plan:
 _BESIDE_TENSORS = ("GPU context", "GPU allocator")
 
 
+class Unplanned(Problem):
+    """A method does what its values decide, and without memory there are none."""
+
+
 def predict(base: Base, settings: Settings, room: Room) -> Plan:
     """What training takes, at its peak.
 
     Raises:
         InputError: the method does not fit the model, as `attach`.
+        Unplanned: the method needs values: some of peft's, and rows of tokens.
     """
+    try:
+        return _predicted(base, settings, room)
+    except Problem:
+        raise
+    except Exception as error:  # other libraries do in Python what they like, and no run should fail by its plan
+        what = f"adapter.kind = {settings.adapter.kind}"
+        raise Unplanned(what, "has no plan of its memory", "train, and see peak_memory_mb") from error
+
+
+def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
     train = settings.train
     row = min(settings.row or train.ctx_len, settings.segment or train.ctx_len)
     segments = math.ceil((settings.row or train.ctx_len) / row)
@@ -270,10 +285,8 @@ def preflight(base: Base, settings: Settings, room: Room) -> Plan | None:
     """
     try:
         found = predict(base, settings, room)
-    except Problem:
-        raise
-    except Exception as error:  # other libraries' methods do in Python what they like; no run fails by its plan
-        print(f"no plan of the memory: {' '.join(str(error).split())[:200]}", flush=True)
+    except Unplanned as unplanned:
+        print(unplanned, flush=True)
         return None
     if found.fits:
         return found

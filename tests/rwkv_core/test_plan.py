@@ -44,6 +44,11 @@ def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
         with pytest.raises(InputError, match=re.escape(refused.rule)):
             plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
         return
+    if adapter.kind == "peft" or any("[" in name for name in adapter.also):  # these need values
+        with pytest.raises(plan.Unplanned):
+            plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
+        assert plan.preflight(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD) is None
+        return
     found = plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     every = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
@@ -62,7 +67,7 @@ def test_sizes_are_read_from_the_header(tmp_path, version):
     checkpoint.write(tmp_path / "base.pth", tensors)
     found = plan.predict(plan.base_in(tmp_path / "base.pth"), settings(FULL), CARD)
     assert found.parameters == found.trained == sum(x.numel() for x in tensors.values())
-    assert found.terms["gradients"] <= 4 * found.parameters
+    assert 0 < found.terms["gradients"] <= 4.04 * found.parameters
     assert found.disk["merged model"] == 2 * found.parameters
 
 
@@ -137,9 +142,9 @@ def test_solve_packs_and_cuts_only_where_it_must(base):
         plan.solve(wide, wanted, plan.Room("cuda", peak - 1, 0))
     )
     assert (form, found.fits) == ("int8", True)
-    cut = plan.solve(
-        base, settings(micro_batch=1, ctx_len=1024), plan.Room("cuda", 650 << 20, 0), segment=True, grad_cp=True
-    )
+    long = settings(micro_batch=1, ctx_len=1024)
+    room = plan.Room("cuda", plan.predict(base, long, CARD).peak - 1, 0)
+    cut = plan.solve(base, long, room, segment=True, grad_cp=True)
     assert cut is not None
     assert (cut[0].segment, cut[0].grad_cp) != (None, False)
     assert plan.solve(wide, settings(FULL, micro_batch=1), plan.Room("cuda", 1 << 20, 0)) is None
