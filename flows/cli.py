@@ -1,5 +1,5 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sync`, `rwkvflow merge`, `rwkvflow unmerge`,
-`rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`, `rwkvflow import`.
+"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow plan`, `rwkvflow sync`, `rwkvflow merge`,
+`rwkvflow unmerge`, `rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`, `rwkvflow import`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -60,6 +60,26 @@ def run(
     from flows import run as runs
 
     raise typer.Exit(runs.run(Path.cwd(), targets or [], force=force, say=typer.echo))
+
+
+@app.command()
+def plan(
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="A card's memory, as 24GB. If none: this machine's card, or else its memory.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Of a model that is not here yet, version:layers x width: 7:32x2560.")
+    ] = None,
+    solve: Annotated[
+        bool, typer.Option("--solve", help="Find the nearest settings that fit; fail if none do.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: bytes, seconds, settings.")] = False,
+    speed: Annotated[bool, typer.Option(help="Time a few layers.")] = True,
+) -> None:
+    """Say what training will take by params.yaml: memory, time, disk; and what would fit."""
+    from flows.plan import show
+
+    show(gpu_memory, shape, as_json=as_json, solve=solve, speed=speed)
 
 
 @app.command()

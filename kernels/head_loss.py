@@ -291,6 +291,24 @@ def _rows(learned: int, size: int) -> int:
     return -(-learned // max(blocks, 1)) or 1
 
 
+def scratch(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    """What the operator takes beside its results where all positions are learned, in bytes.
+
+    Args:
+        hidden: (R, C), see `head_loss`; that these are there is not needed, only of what kind they are.
+        weight: (V, C).
+
+    Returns:
+        The logits of a block, which a CPU's thread keeps; and what is there for a block at a time.
+    """
+    dtype = torch.float32 if slow_in(hidden) else hidden.dtype
+    rows = _rows(len(hidden), len(weight) * dtype.itemsize)
+    inputs = 0 if dtype is hidden.dtype else rows * hidden.shape[1] * dtype.itemsize
+    converted = 0 if weight.dtype is dtype else min(CONVERTED, weight.numel()) * dtype.itemsize
+    gradients = rows * hidden.shape[1] * (_wide(hidden).itemsize + dtype.itemsize)
+    return rows * len(weight) * dtype.itemsize, inputs + converted + gradients
+
+
 def _scratch(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, form: str) -> Tensor:
     """Memory for a block's logits, (rows, V), not initialised.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rwkv_core import checkpoint, models, warm_start
+from rwkv_core import checkpoint, models, plan, warm_start
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.adapters.rows import without_unchanged
@@ -61,6 +61,12 @@ def train() -> None:
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
+    row = plan.longest(Documents(stage.DATA / "train"), params.train)
+    predicted = plan.preflight(
+        plan.base_in(params.model.base, params.model.head_size_divisor),
+        plan.Settings(params.model, params.adapter, params.train, params.seed, row),
+        plan.here(),
+    )
     # an adapter leaves the base as it is, so bf16 training can hold it in bf16; the adapter itself is float32
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
     model = models.load(params.model.base, dtype=dtype, **params.model.how())
@@ -150,7 +156,7 @@ def train() -> None:
         with whole_file(stage.TRAIN / SAMPLES) as temporary:
             temporary.write_bytes((folder / SAMPLES).read_bytes() if params.train.samples else b"")
         with whole_file(stage.TRAIN / "metrics.json") as temporary:
-            write_json(temporary, _metrics(result, lessons.left_out))
+            write_json(temporary, _metrics(result, lessons.left_out, predicted))
     record = RunRecord.read(folder)
     record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
     tracking.publish(Path.cwd(), params.tracking)
@@ -158,6 +164,8 @@ def train() -> None:
         (folder / file).unlink(missing_ok=True)
     shutil.rmtree(folder / saves.FOLDER, ignore_errors=True)
     checkpoints.forget(folder)  # last of all: killed before this, the stage has nothing to learn again
+    planned = f"{predicted.allocated / 1e6:.0f} MB" if predicted else "nothing"
+    print(f"peak memory {result.peak_memory_mb:.0f} MB, planned {planned}")
     chosen = "" if result.best is None else f", the best of {result.steps}"
     print(
         f"held-out loss {result.history['valid'][result.step]['loss']:.4f} after {result.step} steps{chosen}; run {record.id}"
@@ -189,12 +197,12 @@ def _check_place(load: Path | None) -> None:
 def run_digest(
     params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part], world: int
 ) -> str:
-    """Name of a run: everything that its result depends on. checkpoint_every and attempts are not among it, nor what files are
+    """Name of a run: everything that its result depends on; not checkpoint_every, attempts and memory, nor what files are
     called.
     """
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
-    del shaping["train"]["checkpoint_every"], shaping["train"]["guards"]["attempts"]
+    del shaping["train"]["checkpoint_every"], shaping["train"]["memory"], shaping["train"]["guards"]["attempts"]
     data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
     text = json.dumps([shaping, params.model.how(), base_sha256, data, parts, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -241,7 +249,7 @@ def _write_saves(result: Result) -> None:
             csv.writer(file).writerows(rows)
 
 
-def _metrics(result: Result, left_out: LeftOut) -> dict[str, float]:
+def _metrics(result: Result, left_out: LeftOut, predicted: plan.Plan | None) -> dict[str, float]:
     last, valid = result.history["train"][result.steps], result.history["valid"]
     return {
         "steps": result.steps,
@@ -256,6 +264,7 @@ def _metrics(result: Result, left_out: LeftOut) -> dict[str, float]:
         "grad_norm": last["grad_norm"],
         "tokens_per_second": round(result.tokens_per_second, 1),
         "peak_memory_mb": round(result.peak_memory_mb, 1),
+        **({"predicted_peak_mb": round(predicted.allocated / 1e6, 1)} if predicted else {}),
         "resumed_at": result.resumed_at,
         "incidents": len(result.incidents),
     }

@@ -5,7 +5,7 @@ from rwkv_core.config import TrainConfig
 SETTINGS = {
     "ctx_len": 8, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 1, "accumulate": 1,
     "epochs": 1.0, "steps": None, "tokens": None, "precision": "fp32", "l2_wrap": 0.0,
-    "validate_every": 1, "validate_rows": 1, "checkpoint_every": 1,
+    "validate_every": 1, "validate_rows": 1, "checkpoint_every": 1, "memory": "refuse",
     "optimizer": {
         "kind": "adamw", "lr": 0.01, "lr_final": 0.01, "schedule": "constant", "decay": None, "decay_form": None,
         "warmup_steps": 0, "warmup_from": None, "layerwise_lr": True, "rates": {}, "weight_decay": 0.0, "betas": (0.9, 0.99),

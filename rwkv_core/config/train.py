@@ -330,6 +330,9 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(ge=1)
     """Optimizer steps between two checkpoints. A killed run loses at most these."""
 
+    memory: Literal["refuse", "warn"]
+    """What to do about a run that the plan says can't fit: refuse it before anything is loaded, or say so and go on."""
+
     optimizer: OptimizerConfig
 
     context: ContextConfig

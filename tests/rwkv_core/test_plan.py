@@ -1,0 +1,162 @@
+"""What a run takes: exact where it can be, near what is measured elsewhere, and settings that fit."""
+
+import re
+
+import pytest
+import torch
+from checkpoints import official
+from methods import EXAMPLES, OTHERS
+from train_settings import train_config
+
+from rwkv_core import checkpoint, models, plan
+from rwkv_core.adapters import attach
+from rwkv_core.config import FullConfig, LoraConfig, ModelConfig
+from rwkv_core.errors import InputError
+
+LORA = EXAMPLES[0]
+FULL = next(x for x in EXAMPLES if isinstance(x, FullConfig))
+CARD = plan.Room("cuda", 24 << 30, 0)
+HERE = plan.Room("cpu", 24 << 30, 500 << 20)
+
+
+def settings(adapter=LORA, quantize="none", **train):
+    model = ModelConfig(base="none", head_size_divisor=None, op="auto", quantize=quantize)
+    return plan.Settings(model, adapter, train_config(**{"ctx_len": 64, "micro_batch": 2} | train))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return plan.base_named("7:3x64x96")
+
+
+def model_terms(found):
+    return [found.terms.get(name, 0) for name in ("frozen weights", "trained parameters")]
+
+
+@pytest.mark.parametrize("adapter", EXAMPLES + OTHERS, ids=lambda x: x.kind)
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4-double", "fp8"])
+def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
+    checkpoint.write(tmp_path / "base.pth", official("7", n_layer=3, n_embd=64, head_size=64, vocab_size=96))
+    try:
+        model = models.load(tmp_path / "base.pth", dtype=torch.float32, quantize=quantize)
+        attach(model, adapter, 0)
+    except InputError as refused:  # the plan refuses what training refuses
+        with pytest.raises(InputError, match=re.escape(refused.rule)):
+            plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
+        return
+    if adapter.kind == "peft" or any("[" in name for name in adapter.also):  # these need values
+        with pytest.raises(plan.Unplanned):
+            plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
+        assert plan.preflight(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD) is None
+        return
+    found = plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    every = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert model_terms(found) == [every - trained, trained]
+    moments = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    moments.step()
+    held = sum(x.nbytes for state in moments.state.values() for name, x in state.items() if name != "step")
+    assert found.terms["optimizer moments"] == held
+
+
+@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7"])
+def test_sizes_are_read_from_the_header(tmp_path, version):
+    tensors = official(version)
+    checkpoint.write(tmp_path / "base.pth", tensors)
+    found = plan.predict(plan.base_in(tmp_path / "base.pth"), settings(FULL), CARD)
+    assert found.parameters == found.trained == sum(x.numel() for x in tensors.values())
+    assert 0 < found.terms["gradients"] <= 4.04 * found.parameters
+    assert found.disk["merged model"] == 2 * found.parameters
+
+
+def test_terms_add_up_and_are_of_the_device(base):
+    here, card = (plan.predict(base, settings(), room) for room in (HERE, CARD))
+    for found in (here, card):
+        assert found.peak == sum(found.terms.values())
+        assert min(found.terms.values()) > 0
+    assert here.allocated == here.peak
+    assert here.terms["process"] == HERE.process + plan.RUN
+    assert card.allocated == card.peak - card.terms["GPU context"] - card.terms["GPU allocator"]
+
+
+@pytest.mark.parametrize("room", [HERE, CARD], ids=lambda room: room.kind)
+def test_more_of_anything_takes_more(base, room):
+    peaks = [plan.predict(base, settings(micro_batch=rows), room).peak for rows in (1, 4, 16)]
+    assert peaks == sorted(set(peaks))
+    peaks = [plan.predict(base, settings(ctx_len=tokens), room).peak for tokens in (32, 256, 1024)]
+    assert peaks == sorted(set(peaks))
+    longer = plan.base_named("7:6x64x96")
+    assert plan.predict(longer, settings(), room).peak > plan.predict(base, settings(), room).peak
+
+
+def test_shorter_rows_than_ctx_len_take_less(base):
+    whole, short = (plan.Settings(**vars(settings()) | {"row": row}) for row in (None, 16))
+    assert plan.predict(base, short, CARD).peak < plan.predict(base, whole, CARD).peak
+
+
+def test_segments_and_blocks_made_again_take_less(base):
+    given = vars(settings(ctx_len=512))
+    whole, parts, again, both = (
+        plan.predict(base, plan.Settings(**given | ways), CARD).terms
+        for ways in ({}, {"segment": 64}, {"grad_cp": True}, {"segment": 64, "grad_cp": True})
+    )
+    assert parts["kept for the backward"] < whole["kept for the backward"] / 6
+    state = sum(x.numel() for x in base.version(base.shape).initial_state(1)[0])
+    assert parts["states between segments"] == 4 * state * 3 * 2 * 7  # three layers, two rows, seven borders
+    assert again["kept for the backward"] < whole["kept for the backward"] / 2
+    assert both["kept for the backward"] < again["kept for the backward"]
+
+
+def test_what_does_not_fit_is_refused_with_what_does(base, capsys):
+    wanted = settings(micro_batch=8, ctx_len=512)
+    least = plan.predict(base, settings(micro_batch=2, ctx_len=512, accumulate=4), CARD).peak
+    room = plan.Room("cuda", least, 0)
+    assert not plan.predict(base, wanted, room).fits
+    with pytest.raises(
+        InputError, match=r"a peak of .*: there are .* of GPU memory; .*micro_batch: 2, .*accumulate: 4"
+    ):
+        plan.preflight(base, wanted, room)
+    warned = plan.Settings(**vars(wanted) | {"train": wanted.train.model_copy(update={"memory": "warn"})})
+    assert not plan.preflight(base, warned, room).fits
+    assert "the run goes on" in capsys.readouterr().out
+    assert plan.preflight(base, wanted, CARD).fits
+
+
+def test_solve_keeps_the_step(base):
+    wanted = settings(micro_batch=6, accumulate=2, ctx_len=256)
+    peaks = {n: plan.predict(base, settings(micro_batch=n, accumulate=12 // n, ctx_len=256), CARD).peak for n in (3, 4)}
+    found = plan.solve(base, wanted, plan.Room("cuda", peaks[3], 0))
+    assert found is not None
+    assert (found[0].train.micro_batch, found[0].train.accumulate) == (3, 4)  # 5 does not divide the step's 12 rows
+    assert found[1].fits
+    assert plan.changes(wanted, found[0]) == {"train.micro_batch": 3, "train.accumulate": 4}
+
+
+def test_solve_packs_and_cuts_only_where_it_must(base):
+    wide = plan.base_named("7:2x512x96")
+    wanted = settings(micro_batch=1)
+    peak = plan.predict(wide, wanted, CARD).peak
+    form, found = (lambda pair: (pair[0].model.quantize, pair[1]))(
+        plan.solve(wide, wanted, plan.Room("cuda", peak - 1, 0))
+    )
+    assert (form, found.fits) == ("int8", True)
+    long = settings(micro_batch=1, ctx_len=1024)
+    room = plan.Room("cuda", plan.predict(base, long, CARD).peak - 1, 0)
+    cut = plan.solve(base, long, room, segment=True, grad_cp=True)
+    assert cut is not None
+    assert (cut[0].segment, cut[0].grad_cp) != (None, False)
+    assert plan.solve(wide, settings(FULL, micro_batch=1), plan.Room("cuda", 1 << 20, 0)) is None
+
+
+def test_a_shape_has_a_form():
+    assert plan.base_named("4:24x1024x50277").shape.vocab_size == 50277
+    for text in ("8:1x64", "7:32", "7:0x64", "7:2x100"):
+        with pytest.raises(InputError, match="write it as 7:32x2560"):
+            plan.base_named(text)
+
+
+def test_speed_is_measured(base):
+    assert plan.tokens_per_second(base, settings(), HERE) > 0
+    assert isinstance(LORA, LoraConfig)
