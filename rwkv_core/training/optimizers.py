@@ -6,11 +6,14 @@ bitsandbytes and deepspeed are imported where they are asked for.
 import contextlib
 import fnmatch
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from rwkv_core.config import OptimizerConfig
 from rwkv_core.errors import InputError
@@ -172,7 +175,8 @@ def _compiled(kind: str, make: Callable[[Any], torch.optim.Optimizer]) -> torch.
     """One of DeepSpeed's, which compiles it when it is first made."""
     adam = _library("deepspeed.ops.adam", kind)
     try:
-        return make(adam)
+        with _own_extensions():
+            return make(adam)
     except RuntimeError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise InputError(
@@ -180,6 +184,29 @@ def _compiled(kind: str, make: Callable[[Any], torch.optim.Optimizer]) -> torch.
             f"DeepSpeed could not compile it: {reason}",
             "install a C++ compiler (and nvcc, for fused_adam) and ninja, or set adamw",
         ) from error
+
+
+@contextlib.contextmanager
+def _own_extensions() -> Iterator[None]:
+    """Within, torch compiles extensions in a folder where nobody else does, one process after the other.
+
+    Its own lock is a file that stays when a process is killed at it, and whoever comes next waits for ever. Here it can go: the
+    lock around it is the system's, which ends with its process.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "rwkv-flow" / f"extensions-{torch.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    with FileLock(folder / "compiling"):
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
 def _library(name: str, kind: str) -> Any:

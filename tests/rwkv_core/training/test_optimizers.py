@@ -1,7 +1,9 @@
 """Each optimizer against what it is said to be, and continued where it stopped."""
 
 import math
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,3 +310,16 @@ def test_products_are_as_exact_as_asked_for_and_then_as_before(precision, before
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_process_that_was_killed_while_it_compiled_keeps_nobody_waiting(tmp_path, monkeypatch):
+    """torch's lock is left, and would be waited for without end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    with optimizers._own_extensions():
+        folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+        (folder / "cpu_adam").mkdir()
+        (folder / "cpu_adam" / "lock").touch()
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ
+    with optimizers._own_extensions():
+        assert not (folder / "cpu_adam" / "lock").exists()
