@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe, parser, pin, tell
+from benchmarks.settings import train_config
 from rwkv_core.config import TrainConfig
 from rwkv_core.data import sampling
 from rwkv_core.data.binidx import Documents, Writer
@@ -37,13 +38,7 @@ SPREADS = (1.0, 1.25, 1.5, 2.0, 4.0)
 
 def config(micro_batch: int, **changes: Any) -> TrainConfig:
     """Settings that rows are made by."""
-    return TrainConfig.model_construct(
-        **{"ctx_len": CTX_LEN, "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": micro_batch}
-        | changes,
-        accumulate=1,
-        epochs=1.0,
-        l2_wrap=0.0,
-    )
+    return train_config(ctx_len=CTX_LEN, micro_batch=micro_batch, epochs=1.0, **changes)
 
 
 def make(prefix: Path, count: int, vocab: int) -> Documents:

@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from benchmarks.machine import describe, parser, pin, tell
+from benchmarks.settings import train_config
 from benchmarks.train_step import lora
 from rwkv_core import memory
 from rwkv_core.adapters import attach
@@ -29,25 +29,19 @@ from rwkv_core.training.callbacks import peak_memory_mb
 from rwkv_core.training.module import Training
 
 HEAD_SIZE, VOCABULARY, RANK = 64, 65536, 16
-PLAIN: dict[str, Any] = {
-    "segment": None, "bptt": "exact", "parts": 1, "grad_cp": False, "initial_ctx_len": None, "ctx_warmup_steps": 0
-}  # fmt: skip
 
 
 class Row:
     """Forward, loss and backward of one row."""
 
     def __init__(self, model: RWKV7, tokens: int, **context: Any) -> None:
-        self.tokens, self._model, self._context = tokens, model, PLAIN | context
+        self.tokens, self._model, self._context = tokens, model, context
         drawn = torch.randint(1, VOCABULARY, (1, tokens + 1), generator=torch.Generator().manual_seed(1))
         self._batch = Batch((Group(drawn[:, :-1], drawn[:, 1:], None, None, None),), tokens, tokens, tokens)
 
     def __call__(self) -> None:
         """Do it."""
-        # as a TrainConfig: one says nothing of rows that have no data
-        settings: Any = SimpleNamespace(
-            ctx_len=self.tokens, accumulate=1, l2_wrap=0.0, context=SimpleNamespace(**self._context)
-        )
+        settings = train_config(ctx_len=self.tokens, context=self._context)
         self._model.zero_grad()
         loss = Training(self._model, [], settings, 1, 0).training_step(self._batch, 0)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -11,13 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 
 from benchmarks.machine import describe, parser, pin, tell
+from benchmarks.settings import train_config
 from benchmarks.train_step import CHANNELS, LAYERS, RANK, VOCABULARY, Step, make, seconds
 from rwkv_core import memory
 from rwkv_core.config import TrainConfig
@@ -26,6 +26,7 @@ from rwkv_core.data.rows import rows
 from rwkv_core.training import checkpoints, fit
 from rwkv_core.training.callbacks import StepCallback
 from rwkv_core.training.module import Training
+from rwkv_core.training.parallel import Ranks
 
 EVERY = 100
 
@@ -52,15 +53,11 @@ class InTurns(StepCallback):
 
 
 def config(steps: int, count: int) -> TrainConfig:
-    rate = {"lr": 1e-5, "lr_final": 1e-5, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
-    saves = {"every": None, "every_epochs": None, "keep_last": None, "keep_best": 0, "result": "last"}
-    values: dict[str, Any] = {
-        "ctx_len": steps, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 1,
-        "accumulate": 1, "epochs": None, "steps": count, "tokens": None, "precision": "fp32", "l2_wrap": 0.0,
-        "validate_every": 10**6, "validate_rows": 1, "checkpoint_every": 10**6, "saves": saves, "context": {},
-        "parallel": {}, "guards": {}, "optimizer": rate | {"betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 0.0},
-    }  # fmt: skip
-    return TrainConfig(**values)
+    rate = {"lr": 1e-5, "lr_final": 1e-5, "schedule": "constant", "warmup_steps": 0, "grad_clip": 0}
+    never = {"validate_every": 10**6, "checkpoint_every": 10**6}
+    return train_config(
+        ctx_len=steps, micro_batch=1, epochs=None, steps=count, validate_rows=1, optimizer=rate, **never
+    )
 
 
 def measure(rounds: int, steps: int, folder: Path) -> str:
@@ -73,8 +70,8 @@ def measure(rounds: int, steps: int, folder: Path) -> str:
     settings = config(steps, rounds + 2)
     trainer = fit._trainer
 
-    def with_turns(given: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
-        made = trainer(given, [*callbacks, turns])
+    def with_turns(given: TrainConfig, callbacks: list[pl.Callback], here: Ranks) -> pl.Trainer:
+        made = trainer(given, [*callbacks, turns], here)
         made._default_root_dir = str(folder)
         return made
 

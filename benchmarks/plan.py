@@ -16,18 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.settings import train_settings
+
 LAYERS, CHANNELS, VOCABULARY = 6, 512, 8192
 
-TRAIN = {
-    "ctx_len": 512, "rows": "stream", "order": "shuffled", "carry_state": False, "mix": {}, "micro_batch": 4, "accumulate": 1,
-    "epochs": None, "steps": 2, "tokens": None, "precision": "fp32", "l2_wrap": 0.0,
-    "validate_every": 2, "validate_rows": 2, "checkpoint_every": 2,
-    "memory": "warn",
-    "optimizer": {
-        "lr": 0.001, "lr_final": 0.001, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "betas": (0.9, 0.99),
-        "eps": 1e-8, "grad_clip": 1.0,
-    },
-    "context": {}, "parallel": {}, "saves": {}, "guards": {},
+TRAIN: dict[str, Any] = {
+    "ctx_len": 512, "rows": "stream", "micro_batch": 4, "epochs": None, "steps": 2, "validate_every": 2, "validate_rows": 2,
+    "checkpoint_every": 2, "memory": "warn", "optimizer": {"lr_final": 0.002, "schedule": "constant", "warmup_steps": 0},
 }  # fmt: skip
 """Short: two steps."""
 
@@ -92,7 +87,7 @@ def run(folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
             p.uniform_(-0.01, 0.01, generator=generator)
     checkpoint.write(folder / "base.pth", model.state_dict(), "bf16")
     del model
-    train = TRAIN | chosen["train"]
+    train = train_settings(**TRAIN | chosen["train"])
     drawn = np.random.default_rng(0)
     for side, count in (("train", 64), ("valid", 8)):
         writer, size = Writer(folder / side), train["ctx_len"] // (2 if train["carry_state"] else 1)

@@ -16,15 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from kernels.head_loss import head_loss, scratch
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.models.state import BlockState
 
 
 @contextlib.contextmanager
@@ -97,18 +95,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.events.append(~number)
 
 
-def record(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, *, grad_cp: bool = False) -> Trace:
+def record(model: RWKV, tokens: Tensor, dtype: torch.dtype | None) -> Trace:
     """The trace of one micro-batch of training.
 
     Args:
         model: made and adapted `without_memory`; it is left without gradients.
         tokens: (B, T) int64, without memory too.
         dtype: of the products under mixed precision; None: the model's.
-        grad_cp: whether of a block its input alone is kept, and the rest made again.
     """
     with _Recorder([*model.parameters(), *model.buffers(), tokens]) as recorder:
         trace: Trace = recorder.trace
-        total = loss(model, tokens, dtype, grad_cp)
+        total = loss(model, tokens, dtype)
         trace.forward, forward = len(trace.events), len(trace.operations)
         trace.kept = {number for number in recorder.alive.values() if number >= 0}
         total.backward()  # type: ignore[no-untyped-call]
@@ -122,30 +119,13 @@ def record(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, *, grad_cp: b
     return trace
 
 
-def loss(model: RWKV, tokens: Tensor, dtype: torch.dtype | None, grad_cp: bool) -> Tensor:
+def loss(model: RWKV, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Of a micro-batch (B, T), each token as its own target; made as `training.module.Training` makes it."""
     device = tokens.device.type
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
-        features, _after = _checkpointed(model, tokens) if grad_cp else model.features(tokens)
+        features, _after = model.features(tokens)
         rows, values = model.head.trained_rows()
         return head_loss(features.flatten(0, 1), model.head.now(), tokens.flatten(), rows=rows, values=values)
-
-
-def _checkpointed(model: RWKV, tokens: Tensor) -> tuple[Tensor, Any]:
-    """As `RWKV.features`, but of a block its input alone is kept."""
-    x: Tensor = model.emb(tokens)
-    if not x.requires_grad:
-        x = x.detach().requires_grad_()  # else there would be no backward through the first block
-    first, after = None, []
-    for block, before in zip(model.blocks, model.initial_state(len(tokens)), strict=True):
-
-        def run(x: Tensor, first: Tensor | None, *state: Tensor, block: nn.Module = block) -> tuple[Any, ...]:
-            y, first, last = block(x, first, BlockState(*state))
-            return y, first, *last
-
-        x, first, *last = checkpoint(run, x, first, *before, use_reentrant=True)
-        after.append(BlockState(*last))
-    return model.ln_out(x), after
 
 
 class Gpu:

@@ -21,7 +21,7 @@ from rwkv_core import checkpoint, memory, models
 from rwkv_core.adapters import attach
 from rwkv_core.adapters.lora import LoraLinear
 from rwkv_core.adapters.pissa import PissaLinear
-from rwkv_core.config import AdapterConfig, LoraConfig, ModelConfig, TrainConfig
+from rwkv_core.config import AdapterConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.footprint import Gpu, Heap, loss, peak, record, with_memory, without_memory
@@ -31,6 +31,7 @@ from rwkv_core.models.rwkv6 import RWKV6
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.models.skeleton import RWKV, Linear, Shape
 from rwkv_core.quantize import Form, Packed, QuantizedLinear
+from rwkv_core.training.optimizers import build, groups
 
 Kind = Literal["cpu", "cuda"]
 
@@ -43,8 +44,8 @@ CONTEXT = 600 << 20
 HOLES = 0.05
 """Share of what a GPU's tensors take that torch's allocator holds beyond them."""
 
-_MOMENTS = 2
-"""Of AdamW, each as a parameter is."""
+_BLOCK = 256
+"""Values of which bitsandbytes' 8-bit optimizers keep one scale of 4 bytes; tensors of fewer than 4096 are kept in float32."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,17 @@ class Settings:
     seed: int = 0
     row: int | None = None
     """Tokens of the longest row, where the data is known to have none of ctx_len."""
-    segment: int | None = None
-    """Tokens of a row that have activations at a time; the states between are kept. None: all."""
-    grad_cp: bool = False
-    """Whether of a block its input alone is kept for the backward."""
+
+    @property
+    def segment(self) -> int:
+        """Tokens of a row that have activations at a time; the states between are kept."""
+        row = self.row or self.train.ctx_len
+        return min(row, self.train.context.segment or row)
+
+    def spared(self, *, segment: int | None, grad_cp: bool) -> "Settings":
+        """With another context."""
+        context = self.train.context.model_copy(update={"segment": segment, "grad_cp": grad_cp})
+        return replace(self, train=self.train.model_copy(update={"context": context}))
 
 
 @dataclass(frozen=True)
@@ -191,18 +199,19 @@ def predict(base: Base, settings: Settings, room: Room) -> Plan:
 
 def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
     train = settings.train
-    row = min(settings.row or train.ctx_len, settings.segment or train.ctx_len)
+    row = settings.segment
     segments = math.ceil((settings.row or train.ctx_len) / row)
-    mixed = torch.bfloat16 if train.precision == "bf16" else None
+    mixed = _mixed(train)
     with without_memory():
         model, parameters = _made(base, settings)
         tokens = torch.zeros(train.micro_batch, row, dtype=torch.int64)
-        trace = record(model, tokens, mixed, grad_cp=settings.grad_cp)
+        trace = record(model, tokens, mixed)
         features = torch.empty(train.micro_batch * row, base.shape.n_embd, dtype=mixed or model.emb.weight.dtype)
         logits, _ = scratch(features, model.head.weight)
         state = sum(x.numel() for part in model.initial_state(1) for x in part)
         trained = [p for p in model.parameters() if p.requires_grad]
         held = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - sum(p.nbytes for p in trained)
+        moments = _moments(model, train.optimizer)
     space = Heap() if room.kind == "cpu" else Gpu()
     space.allocate(logits)
     found = peak(trace, space, train.accumulate)
@@ -210,7 +219,7 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
     terms = {
         "frozen weights": held,
         "trained parameters": ours,
-        "optimizer moments": _MOMENTS * ours,
+        "optimizer moments": moments,
         "gradients": found.gradients,
         "kept for the backward": found.kept,
         "working memory": found.working + (found.allocator - logits if room.kind == "cuda" else 0),
@@ -219,15 +228,11 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         "states between segments": 4 * state * train.micro_batch * (segments - 1),
     }
     step = sum(terms.values())
-    saved = (1 + _MOMENTS) * ours
+    saved = ours + moments
     if room.kind == "cpu":
         terms["allocator"] = found.allocator - logits
         terms["held-out rows"] = 16 * train.validate_rows * row  # inputs and targets, of 8 bytes a token
         terms["process"] = room.process + RUN
-        # Lightning makes a checkpoint's bytes in memory; what the step's tensors took is still the heap's by then
-        more = found.after + saved - found.total
-        if more > 0 and saved > Heap.LARGE:  # smaller ones find room among what is free
-            terms["checkpoint being written"] = more
     else:
         terms["GPU context"], terms["GPU allocator"] = CONTEXT, int(HOLES * step)
     disk = {
@@ -237,6 +242,23 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         "exports": base.bytes(parameters) + 2 * parameters,
     }
     return Plan({n: size for n, size in terms.items() if size}, room, sum(map(Tensor.numel, trained)), parameters, disk)
+
+
+def _mixed(train: TrainConfig) -> torch.dtype | None:
+    """What the products are in; None: as the model."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
+
+
+def _moments(model: RWKV, config: OptimizerConfig) -> int:
+    """Bytes of what the optimizer keeps of gradients: AdamW two numbers a value, Muon one for the matrices that it is for."""
+    total = 0
+    for group in groups(model, config):
+        for p in group["params"]:
+            if config.kind.startswith("adamw_8bit") and p.numel() >= 4096:
+                total += 2 * (p.numel() + 4 * math.ceil(p.numel() / _BLOCK))
+            else:
+                total += p.nbytes * (1 if group.get("muon") else 2)
+    return total
 
 
 def _made(base: Base, settings: Settings) -> tuple[RWKV, int]:
@@ -253,6 +275,8 @@ def _made(base: Base, settings: Settings) -> tuple[RWKV, int]:
             if isinstance(module, Linear) and name != "head":
                 model.set_submodule(name, QuantizedLinear(Packed(module.weight, quantize)))
     attach(model, _plain(settings.adapter), settings.seed)
+    context = settings.train.context
+    model.spare(parts=context.parts, grad_cp=context.grad_cp)
     if settings.adapter.kind == "pissa":
         for module in model.modules():
             if isinstance(module, LoraLinear):
@@ -308,9 +332,7 @@ SHORTEST = 256
 """Tokens of a segment at least."""
 
 
-def solve(
-    base: Base, settings: Settings, room: Room, *, segment: bool = False, grad_cp: bool = False
-) -> tuple[Settings, Plan] | None:
+def solve(base: Base, settings: Settings, room: Room) -> tuple[Settings, Plan] | None:
     """The nearest settings that fit, of the same steps: rows a step and tokens a row stay. None: none do.
 
     What changes nothing but the time is tried first: fewer rows at a time, then less that is kept; then what rounds the frozen
@@ -320,14 +342,12 @@ def solve(
         base: the model.
         settings: what was wanted.
         room: what there is.
-        segment: whether training can have the activations of a part of a row at a time.
-        grad_cp: whether it can keep the inputs of blocks alone.
     """
-    for given in _ways(base, settings, segment=segment, grad_cp=grad_cp):
+    for given in _ways(base, settings):
         fewest = None
         for micro_batch in _divisors(settings.train):
             accumulate = settings.train.micro_batch * settings.train.accumulate // micro_batch
-            train = settings.train.model_copy(update={"micro_batch": micro_batch, "accumulate": accumulate})
+            train = given.train.model_copy(update={"micro_batch": micro_batch, "accumulate": accumulate})
             tried = replace(given, train=train)
             found = predict(base, tried, room)
             if not found.fits:
@@ -344,21 +364,21 @@ def _divisors(train: TrainConfig) -> list[int]:
     return [count for count in range(1, train.micro_batch + 1) if rows % count == 0]
 
 
-def _ways(base: Base, settings: Settings, *, segment: bool, grad_cp: bool) -> Iterator[Settings]:
+def _ways(base: Base, settings: Settings) -> Iterator[Settings]:
     """Settings that take less and less, but for the rows at a time."""
     forms: list[Form] = [settings.model.quantize]
     if forms == ["none"] and _may_pack(base, settings):
         forms += PACKED
-    rows = [settings.segment]
-    length = settings.segment or settings.row or settings.train.ctx_len
-    while segment and length >= 2 * SHORTEST:
+    context, length = settings.train.context, settings.segment
+    rows = [context.segment]
+    while context.bptt == "exact" and not settings.train.parallel.shares_parameters and length >= 2 * SHORTEST:
         length = -(-length // 2)
         rows.append(length)
     for form in forms:
         model = settings.model.model_copy(update={"quantize": form})
-        for again in (settings.grad_cp, True) if grad_cp and not settings.grad_cp else (settings.grad_cp,):
+        for again in dict.fromkeys((context.grad_cp, True)):
             for row in rows:
-                yield replace(settings, model=model, grad_cp=again, segment=row)
+                yield replace(settings.spared(segment=row, grad_cp=again), model=model)
 
 
 def _may_pack(base: Base, settings: Settings) -> bool:
@@ -377,8 +397,8 @@ def changes(old: Settings, new: Settings) -> dict[str, Any]:
     pairs = {
         "train.micro_batch": (old.train.micro_batch, new.train.micro_batch),
         "train.accumulate": (old.train.accumulate, new.train.accumulate),
-        "train.context.grad_cp": (old.grad_cp, new.grad_cp),
-        "train.context.segment": (old.segment, new.segment),
+        "train.context.grad_cp": (old.train.context.grad_cp, new.train.context.grad_cp),
+        "train.context.segment": (old.train.context.segment, new.train.context.segment),
         "model.quantize": (old.model.quantize, new.model.quantize),
     }
     return {name: after for name, (before, after) in pairs.items() if before != after}
@@ -409,7 +429,7 @@ def tokens_per_second(base: Base, settings: Settings, room: Room) -> float | Non
     if room.kind == "cuda" and not torch.cuda.is_available():
         return None
     few, more = (replace(base, shape=replace(base.shape, n_layer=count)) for count in _LAYERS)
-    row = min(settings.segment or settings.row or settings.train.ctx_len, _CALIBRATED)
+    row = min(settings.segment, _CALIBRATED)
     rows = max(1, min(settings.train.micro_batch, _CALIBRATED // row))
     adapter = settings.adapter.model_copy(update={"layers": "all"})
     train = settings.train.model_copy(update={"micro_batch": rows})
@@ -430,14 +450,14 @@ def _seconds(base: Base, settings: Settings, tokens: Tensor, device: str) -> flo
                 p.uniform_(-0.01, 0.01, generator=torch.Generator().manual_seed(0))
     model.to(device)
     tokens = tokens.to(device)
-    mixed = torch.bfloat16 if settings.train.precision == "bf16" else None
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    mixed, config = _mixed(settings.train), settings.train.optimizer.model_copy(update={"lr": 1e-9})
+    optimizer = build(groups(model, config), config, scaled=settings.train.precision == "fp16")
     times = []
     with memory.reused():
         for _ in range(4):
             began = time.perf_counter()
             optimizer.zero_grad()
-            loss(model, tokens, mixed, settings.grad_cp).backward()  # type: ignore[no-untyped-call]
+            loss(model, tokens, mixed).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if device == "cuda":
                 torch.cuda.synchronize()

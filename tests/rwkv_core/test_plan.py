@@ -12,6 +12,7 @@ from rwkv_core import checkpoint, models, plan
 from rwkv_core.adapters import attach
 from rwkv_core.config import FullConfig, LoraConfig, ModelConfig
 from rwkv_core.errors import InputError
+from rwkv_core.training.optimizers import build, groups
 
 LORA = EXAMPLES[0]
 FULL = next(x for x in EXAMPLES if isinstance(x, FullConfig))
@@ -97,10 +98,11 @@ def test_shorter_rows_than_ctx_len_take_less(base):
 
 
 def test_segments_and_blocks_made_again_take_less(base):
-    given = vars(settings(ctx_len=512))
+    given = settings(ctx_len=512)
     whole, parts, again, both = (
-        plan.predict(base, plan.Settings(**given | ways), CARD).terms
-        for ways in ({}, {"segment": 64}, {"grad_cp": True}, {"segment": 64, "grad_cp": True})
+        plan.predict(base, given.spared(segment=segment, grad_cp=grad_cp), CARD).terms
+        for grad_cp in (False, True)
+        for segment in (None, 64)
     )
     assert parts["kept for the backward"] < whole["kept for the backward"] / 6
     state = sum(x.numel() for x in base.version(base.shape).initial_state(1)[0])
@@ -137,16 +139,17 @@ def test_solve_keeps_the_step(base):
 def test_solve_packs_and_cuts_only_where_it_must(base):
     wide = plan.base_named("7:2x512x96")
     wanted = settings(micro_batch=1)
-    peak = plan.predict(wide, wanted, CARD).peak
+    peak = plan.predict(wide, wanted.spared(segment=None, grad_cp=True), CARD).peak
     form, found = (lambda pair: (pair[0].model.quantize, pair[1]))(
         plan.solve(wide, wanted, plan.Room("cuda", peak - 1, 0))
     )
     assert (form, found.fits) == ("int8", True)
     long = settings(micro_batch=1, ctx_len=1024)
     room = plan.Room("cuda", plan.predict(base, long, CARD).peak - 1, 0)
-    cut = plan.solve(base, long, room, segment=True, grad_cp=True)
+    cut = plan.solve(base, long, room)
     assert cut is not None
-    assert (cut[0].segment, cut[0].grad_cp) != (None, False)
+    assert cut[0].train.context.segment == 512
+    assert plan.changes(long, cut[0]) == {"train.context.segment": 512}
     assert plan.solve(wide, settings(FULL, micro_batch=1), plan.Room("cuda", 1 << 20, 0)) is None
 
 
@@ -160,3 +163,22 @@ def test_a_shape_has_a_form():
 def test_speed_is_measured(base):
     assert plan.tokens_per_second(base, settings(), HERE) > 0
     assert isinstance(LORA, LoraConfig)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "muon"])
+def test_what_an_optimizer_keeps(kind):
+    """Against the state that it really has after a step."""
+    wide, momentum = plan.base_named("7:1x128x96"), 0.95 if kind == "muon" else None
+    given = settings(FULL, optimizer={"kind": kind, "momentum": momentum})
+    found = plan.predict(wide, given, CARD).terms["optimizer moments"]
+    model = wide.version(wide.shape)
+    torch.nn.init.normal_(model.emb.weight)
+    optimizer = build(groups(model, given.train.optimizer), given.train.optimizer)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = [
+        x for state in optimizer.state.values() for name, x in state.items() if name not in ("step", "qmap1", "qmap2")
+    ]
+    assert found == sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
