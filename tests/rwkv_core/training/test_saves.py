@@ -55,16 +55,27 @@ def test_what_is_kept_on_the_way_is_what_the_end_may_need():
     assert chosen.needed(5, valid) == {4}
     assert chosen.needed(6, valid) == {4, 6}
     assert chosen.needed(10, valid) == {10, 6}
-    assert chosen.result(valid) == 6
+    assert chosen.result(10, valid) == 6
 
 
 def test_losses_that_are_no_numbers_are_no_best():
     chosen = plan(keep_best=1, result="best")
-    assert chosen.result(losses(1.0, math.nan, 5.0, math.nan, math.nan, math.nan)) == 4
-    assert chosen.result(losses(1.0, *[math.nan] * 5)) == 10
+    assert chosen.result(10, losses(1.0, math.nan, 5.0, math.nan, math.nan, math.nan)) == 4
+    assert chosen.result(10, losses(1.0, *[math.nan] * 5)) == 10
     assert chosen.kept(10, losses(1.0, *[math.nan] * 5)) == set()
 
 
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(ValidationError, match="keep_last is of the adapters kept by every and every_epochs"):
         plan(keep_last=1)
+
+
+def test_a_run_that_ends_early_keeps_its_last():
+    """As one does whose last step was planned."""
+    valid = losses(9.0, 3.0, 2.0, 2.5)
+    assert plan(every=4).kept(6, valid, ended=True) == {4, 6}
+    assert plan(every=4).kept(6, valid) == {4}
+    assert plan(every=4, keep_last=1).kept(6, valid, ended=True) == {6}
+    assert plan().kept(6, valid, ended=True) == set()
+    assert plan().result(6, valid) == 6
+    assert plan(result="best").result(6, valid) == 4
