@@ -22,7 +22,7 @@ demo: setup
 	@python -m demo.summary
 
 test: setup
-	python -m pytest -n logical --dist loadfile -m "not slow and not gpu" --durations=60
+	python -m pytest -n logical --dist loadfile -m "not slow and not gpu"
 
 test-all: setup
 	python -m pytest -n logical --dist loadfile -m "not gpu"
