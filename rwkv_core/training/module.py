@@ -281,7 +281,9 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the groups, each at its own multiple of the scheduled rate."""
         o = self._config.optimizer
-        optimizer = optimizers.build(self._groups, o, scaled=self._config.precision == "fp16")
+        optimizer = optimizers.build(
+            self._groups, o, scaled=self._config.precision == "fp16", offloaded=self._config.parallel.offloads
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(o, s, self._steps) / o.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -155,6 +155,12 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             "what is trained is whole at the end of the run alone",
             "set all of it to null, 0 and last, or the strategy to ddp",
         )
+    if config.optimizer.kind == "muon" and (config.parallel.stage or config.parallel.shares_parameters):
+        raise InputError(
+            f"train.optimizer.kind = muon with {config.parallel.strategy}",
+            "a step of Muon is of a whole matrix, and each process has a share of it",
+            "set adamw, or the strategy to ddp",
+        )
     if config.samples is not None and config.parallel.shares_parameters:
         raise InputError(
             f"train.samples with {config.parallel.strategy}",

@@ -1,5 +1,6 @@
 """Checkpoint files: any corrupted byte is seen, the one before is taken, and nothing of it is silent."""
 
+import json
 import random
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from rwkv_core.errors import InputError
 from rwkv_core.training.checkpoints import (
+    SUMMARY,
     CheckpointFile,
     exist,
     forget,
@@ -140,3 +142,39 @@ def test_the_random_generators_go_on(tmp_path):
     drawn = [draw() for _ in range(3)]
     set_random_states(torch.load(tmp_path / "last.ckpt", weights_only=True)["random"])
     assert [draw() for _ in range(3)] == drawn
+
+
+def write_folder(folder, step):
+    """As DeepSpeed's processes do: each writes its share."""
+
+    def write(path):
+        (path / "shards").mkdir()
+        (path / "shards" / "0.pt").write_bytes(bytes([step]) * 1000)
+        torch.save({"global_step": step, "digest": folder.name, "run": "its id"}, path / SUMMARY)
+
+    save(folder, write, shared=True)
+
+
+def test_a_checkpoint_of_many_files_is_one(tmp_path, capsys):
+    for step in (4, 8, 12):
+        write_folder(tmp_path, step)
+    assert latest(tmp_path) == (tmp_path / "last.ckpt", 12)
+    assert run_id(tmp_path) == "its id"
+    corrupt(tmp_path / "last.ckpt" / "shards" / "0.pt")
+    assert latest(tmp_path) == (tmp_path / "previous.ckpt", 8)
+    assert (tmp_path / "last.ckpt.refused").is_dir()
+    assert "its bytes are not those that were written" in capsys.readouterr().err
+    write_folder(tmp_path, 16)
+    (tmp_path / "last.ckpt" / "shards" / "0.pt").unlink()
+    assert not intact(tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt" / "sha256.json").write_text(json.dumps({}))
+    assert not intact(tmp_path / "last.ckpt")
+    forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_processes_one_puts_it_into_place(tmp_path):
+    asked = []
+    save(tmp_path, asked.append, first=False)
+    assert asked == [tmp_path / "last.ckpt"]
+    assert not list(tmp_path.iterdir())

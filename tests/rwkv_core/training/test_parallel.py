@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -21,9 +22,10 @@ from rwkv_core.config import ParallelConfig
 from rwkv_core.data.binidx import Writer
 from rwkv_core.data.rows import rows
 from rwkv_core.data.sampling import MicroBatches
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, WorldError
 from rwkv_core.models.state import BlockState
 from rwkv_core.training import parallel
+from rwkv_core.training.guards import Guards
 from rwkv_core.training.module import Lanes, Training
 from rwkv_core.training.parallel import Ranks
 
@@ -218,6 +220,41 @@ def test_fsdp_has_one_precision():
     settings = shared("fsdp").model_copy(update={"precision": "bf16"})
     with pytest.raises(InputError, match="one dtype"):
         parallel.check(settings, after_state=False, quantized=False)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("optimizer", {"kind": "muon", "momentum": 0.95}, "a step of Muon is of a whole matrix"),
+        ("saves", {"every": 3}, "whole at the end of the run alone"),
+        ("context", {"segment": 4}, "the segments of train.context.segment need them whole"),
+        ("samples", {"every": 1, "prompts": ["a"], "max_tokens": 1, "temperature": 0, "top_p": 1}, "made by one"),
+    ],
+)
+def test_what_needs_all_of_it_in_one_process_is_refused(strategy, section, change, message):
+    given = {section: change, "parallel": {"strategy": strategy, "devices": None, "nodes": 1, "bucket_mb": 25}}
+    with pytest.raises(InputError, match=message):
+        parallel.check(train_config(**given), after_state=False, quantized=False)
+    given["parallel"]["strategy"] = "ddp"
+    parallel.check(train_config(**given), after_state=False, quantized=False)
+
+
+def test_several_processes_stop_where_one_would_go_back(tmp_path):
+    """Lightning would start the others once more."""
+    asked = {"not_finite": "quarantine", "out_of_memory": "replan"}
+    assert train_config(guards=asked).goes_back
+    config = shared("ddp", devices=2).model_copy(update={"guards": train_config(guards=asked).guards})
+    assert not config.goes_back
+    met = []
+    for rank in (0, 1):
+        guards = Guards(tmp_path, config, None, Ranks(rank, 2))
+        with pytest.raises(WorldError, match="a loss and its gradient are finite numbers"):
+            guards._answer(None, 3, "not_finite", "quarantine", {"loss": math.nan})
+        with pytest.raises(WorldError, match="need more memory than there is"):
+            guards.out_of_memory(torch.OutOfMemoryError("none left"))
+        met.append(len((tmp_path / "incidents.jsonl").read_text().splitlines()))
+    assert met == [2, 2], "the first notes what all of them see"
 
 
 SCRIPT = Path(__file__).with_name("ranks.py")
