@@ -236,7 +236,7 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
     else:
         terms["GPU context"], terms["GPU allocator"] = CONTEXT, int(HOLES * step)
     disk = {
-        "checkpoint, and the next one": 2 * saved,
+        "checkpoints": 3 * saved,  # the newest, the one before, and the one being written
         "adapter": ours,
         "merged model": base.bytes(parameters),
         "exports": base.bytes(parameters) + 2 * parameters,
