@@ -1,7 +1,7 @@
 """Some runs, shared by as many processes as torchrun has started. Started by test_parallel.py: ranks.py FOLDER.
 
 Reads FOLDER/base.pth, FOLDER/data and FOLDER/runs.json; each run leaves <name>.pth and <name>.json. A run may `stop` at a
-step, as if signalled, and be started again. DeepSpeed runs on the CPU here, which Lightning alone would not have.
+step, as if signalled, and be started again.
 """
 
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from methods import EXAMPLES
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, deepspeed
 
 from rwkv_core import models
 from rwkv_core.adapters import attach, trained_state
@@ -26,10 +25,6 @@ from rwkv_core.training.parallel import Ranks
 folder = Path(sys.argv[1])
 here = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 torch.set_num_threads(1)
-
-if not torch.cuda.is_available():  # without the checks that there are cards
-    DeepSpeedStrategy.setup_environment = DDPStrategy.setup_environment
-    deepspeed._validate_device_index_selection = lambda devices: None
 
 
 def run(name, settings, method, stop):

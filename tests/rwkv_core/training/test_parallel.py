@@ -292,13 +292,13 @@ def settings(world, micro_batch, accumulate, strategy=None, **changes):
     )  # fmt: skip
 
 
-def start(folder, world, runs, **variables):
+def start(folder, world, runs):
     """Do these runs in so many processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), SCRIPT, folder]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables,
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
@@ -351,25 +351,6 @@ def test_two_processes_learn_what_one_does(prepared):
             assert found[3] == 4
             assert found[1] == same[1]
             assert all(torch.equal(x, same[0][key]) for key, x in found[0].items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeeds_gradient_is_that_of_the_mean(stage, prepared):
-    """With accumulation, which both Lightning and DeepSpeed divide by, and a threshold below the norm."""
-    given = {"method": METHODS["lora"], "optimizer": {"grad_clip": 0.05}, "steps": 7, "epochs": None}
-    alone = start(prepared, 1, [one("alone", world=1, micro_batch=6, accumulate=1, **given)])["alone"]
-    strategy = f"deepspeed_stage_{stage}"
-    twos = [
-        one("two", world=2, micro_batch=1, accumulate=3, strategy=strategy, **given),
-        one("again", world=2, micro_batch=1, accumulate=3, strategy=strategy, stop=4, **given),
-    ]
-    both = start(prepared, 2, twos, DS_ACCELERATOR="cpu")
-    assert min(row["grad_norm"] for row in alone[1]["train"].values()) > 0.05
-    for found in both.values():
-        agree(alone, found)
-    assert both["again"][3] == 4
-    assert all(torch.equal(x, both["again"][0][key]) for key, x in both["two"][0].items())
 
 
 @pytest.mark.gpu
