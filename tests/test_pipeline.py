@@ -63,7 +63,7 @@ def test_another_rank_trains_again_and_prepares_nothing(project):
         ("rwkv_core/data/sampling.py", {"train"}),
         ("rwkv_core/report.html.j2", {"evaluate"}),
         ("rwkv_core/merge.py", {"merge"}),
-        ("rwkv_core/generation/text.py", {"evaluate"}),
+        ("rwkv_core/generation/text.py", {"train", "evaluate"}),
         ("kernels/wkv7.py", {"train", "evaluate", "export"}),
         ("rwkv_core/files.py", set(STAGES)),
         ("README.md", set()),

@@ -103,6 +103,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_kept_adapters_are_merged_by_hand_and_the_best_is_the_result(fresh):
     kept = {"every": None, "every_epochs": 0.5, "keep_last": None, "keep_best": 1, "result": "best"}
     # so fast that it gets worse again
@@ -138,6 +139,7 @@ def test_kept_adapters_are_merged_by_hand_and_the_best_is_the_result(fresh):
     assert not list((fresh.root / ".rwkvflow/runs").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_run_whose_record_was_lost_goes_on_under_its_id(fresh):
     killed = fresh.run(sys.executable, "-c", KILLED, "7", check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stdout
@@ -182,6 +184,7 @@ def planted_project(root):
     return project
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_does_harm_goes_through_the_pipeline(tmp_path):
     """It is left out, reproduced by a command, in the run's record and in MLflow; samples are kept too."""
     project = planted_project(tmp_path / "project")
@@ -214,6 +217,7 @@ def test_a_micro_batch_that_does_harm_goes_through_the_pipeline(tmp_path):
     assert {"train/incidents.jsonl", "train/samples.jsonl"} <= set(artifacts)
 
 
+@pytest.mark.slow
 def test_more_attempts_continue_a_run_that_was_stopped(tmp_path):
     """attempts is no part of a run's name: what was learned, and what is left out, stays."""
     project = planted_project(tmp_path / "project")

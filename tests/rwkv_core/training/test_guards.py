@@ -61,6 +61,7 @@ def test_a_planted_nan_is_left_out_and_the_others_keep_their_order(change, place
     assert losses(disturbed) != pytest.approx(losses(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_anywhere_on_the_way_ends_the_same(place):
     """Before the incident, on the way back, while the culprit is looked for, after it is found."""
 
@@ -229,6 +230,7 @@ def test_a_fault_that_does_not_come_again_takes_nothing_out(place):
     assert equal(bits(one), bits(two))
 
 
+@pytest.mark.slow
 def test_attempts_are_bounded_and_more_of_them_go_on(place):
     write(place / "train", planted={3, 17, 29, 41, 55})
     few = settings(QUARANTINE | {"attempts": 2})
