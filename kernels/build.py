@@ -72,7 +72,7 @@ def library(source: str, kind: Kind = "cpu") -> ctypes.CDLL | None:
     """
     try:
         command = _command(kind)
-        path = _cache() / _key(source, kind, command) / f"{source}.so"
+        path = cache() / _key(source, kind, command) / f"{source}.so"
         if not path.exists():
             _build(source, kind, command, path.parent)
         return _load(path)
@@ -169,7 +169,8 @@ def _architectures() -> list[str]:
     return [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The user's folder of what was compiled."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv-flow"
 
 

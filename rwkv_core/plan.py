@@ -31,7 +31,7 @@ from rwkv_core.models.rwkv6 import RWKV6
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.models.skeleton import RWKV, Linear, Shape
 from rwkv_core.quantize import Form, Packed, QuantizedLinear
-from rwkv_core.training.optimizers import build, groups
+from rwkv_core.training.optimizers import build, groups, mixed
 
 Kind = Literal["cpu", "cuda"]
 
@@ -201,12 +201,12 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
     train = settings.train
     row = settings.segment
     segments = math.ceil((settings.row or train.ctx_len) / row)
-    mixed = _mixed(train)
+    products = mixed(train.precision)
     with without_memory():
         model, parameters = _made(base, settings)
         tokens = torch.zeros(train.micro_batch, row, dtype=torch.int64)
-        trace = record(model, tokens, mixed)
-        features = torch.empty(train.micro_batch * row, base.shape.n_embd, dtype=mixed or model.emb.weight.dtype)
+        trace = record(model, tokens, products)
+        features = torch.empty(train.micro_batch * row, base.shape.n_embd, dtype=products or model.emb.weight.dtype)
         logits, _ = scratch(features, model.head.weight)
         state = sum(x.numel() for part in model.initial_state(1) for x in part)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -242,11 +242,6 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         "exports": base.bytes(parameters) + 2 * parameters,
     }
     return Plan({n: size for n, size in terms.items() if size}, room, sum(map(Tensor.numel, trained)), parameters, disk)
-
-
-def _mixed(train: TrainConfig) -> torch.dtype | None:
-    """What the products are in; None: as the model."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
 
 
 def _moments(model: RWKV, config: OptimizerConfig) -> int:
@@ -450,14 +445,14 @@ def _seconds(base: Base, settings: Settings, tokens: Tensor, device: str) -> flo
                 p.uniform_(-0.01, 0.01, generator=torch.Generator().manual_seed(0))
     model.to(device)
     tokens = tokens.to(device)
-    mixed, config = _mixed(settings.train), settings.train.optimizer.model_copy(update={"lr": 1e-9})
+    products, config = mixed(settings.train.precision), settings.train.optimizer.model_copy(update={"lr": 1e-9})
     optimizer = build(groups(model, config), config, scaled=settings.train.precision == "fp16")
     times = []
     with memory.reused():
         for _ in range(4):
             began = time.perf_counter()
             optimizer.zero_grad()
-            loss(model, tokens, mixed).backward()  # type: ignore[no-untyped-call]
+            loss(model, tokens, products).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if device == "cuda":
                 torch.cuda.synchronize()

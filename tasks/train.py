@@ -62,9 +62,7 @@ def train() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     predicted = None
-    if (
-        not params.train.parallel.stage and not params.train.parallel.shares_parameters
-    ):  # of shares there is no plan yet
+    if not params.train.parallel.shares:  # of shares there is no plan yet
         row = plan.longest(Documents(stage.DATA / "train"), params.train)
         predicted = plan.preflight(
             plan.base_in(params.model.base, params.model.head_size_divisor),

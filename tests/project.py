@@ -111,6 +111,20 @@ def make(root: Path) -> Project:
     return project
 
 
+def copy_of(project, root: Path):
+    """Another project whose outputs are those that this one has, for a test to damage."""
+    copy = make(root)
+    shutil.copytree(project.root / "outputs", copy.root / "outputs")
+    return copy
+
+
+def files(project) -> dict[str, bytes]:
+    """All outputs, by their path."""
+    return {
+        str(p.relative_to(project.root)): p.read_bytes() for p in (project.root / "outputs").rglob("*") if p.is_file()
+    }
+
+
 def write_base(path: Path, seed: int = 0, n_embd: int = 32) -> None:
     """A random RWKV-7 of two layers, trained on nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -166,6 +166,11 @@ class ParallelConfig(Config):
         return self.strategy.endswith("offload")
 
     @property
+    def shares(self) -> bool:
+        """Whether a process has a part alone of anything that is trained: parameters, gradients, or the optimizer's state."""
+        return self.stage > 0 or self.strategy == "fsdp"
+
+    @property
     def shares_parameters(self) -> bool:
         """Whether a process has a part of the parameters alone."""
         return self.stage == 3 or self.strategy == "fsdp"

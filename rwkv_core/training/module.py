@@ -60,12 +60,13 @@ class Lanes:
 
     def of_all(self, here: Ranks) -> State | None:
         """The states of all ranks' lanes; a lane's rows are all on one rank."""
-        states = [state for state in here.all(self.state) if state is not None]
+        of_ranks = here.all(self.state)
+        states = [state for state in of_ranks if state is not None]
         if here.world == 1 or not states:
             return self.state
         whole = max(states, key=lambda state: len(state[0].wkv))
         whole = [BlockState(*(x.cpu().clone() for x in block)) for block in whole]
-        for rank, state in enumerate(here.all(self.state)):
+        for rank, state in enumerate(of_ranks):
             for kept, block in zip(whole, state or [], strict=False):
                 for x, y in zip(kept, block, strict=True):
                     x[rank : len(y) : here.world] = y[rank :: here.world].cpu()
@@ -165,9 +166,7 @@ class Training(pl.LightningModule):
     def _swept(self, groups: tuple[Group, ...], size: int, scale: float) -> Tensor:
         """The sum of the losses, as `_head_loss` of `_read`, with no more than a segment in memory."""
         scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
-        if (
-            scaler is not None
-        ):  # in fp16 small gradients are lost where they are found, not in the backward that passes them on
+        if scaler is not None:  # small gradients are lost where they are found, not in the backward that passes them on
             scale *= scaler.get_scale()
         sweep = context.Sweep(self.model, self._head_loss, size, self._config.context.bptt, scale=scale)
         for group in groups:
@@ -191,7 +190,7 @@ class Training(pl.LightningModule):
     @property
     def _in_step_with_others(self) -> bool:
         """Whether the ranks meet in a forward pass, or each parameter must have a gradient on each of them."""
-        return self._config.parallel.shares_parameters or self._config.parallel.stage > 0
+        return self._config.parallel.shares
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

@@ -9,12 +9,12 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
+from kernels.build import cache
 from rwkv_core.config import OptimizerConfig
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
@@ -193,8 +193,7 @@ def _own_extensions() -> Iterator[None]:
     Its own lock is a file that stays when a process is killed at it, and whoever comes next waits for ever. Here it can go: the
     lock around it is the system's, which ends with its process.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "rwkv-flow" / f"extensions-{torch.__version__}"
+    folder = cache() / f"extensions-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("TORCH_EXTENSIONS_DIR")
     with FileLock(folder / "compiling"):
@@ -222,6 +221,11 @@ def _library(name: str, kind: str) -> Any:
 def _on(wanted: str, device: str, kind: str, rule: str, instead: str) -> None:
     if device != wanted:
         raise InputError(f"train.optimizer.kind = {kind}", f"{rule}, and this run is on {device}", f"set {instead}")
+
+
+def mixed(precision: str) -> torch.dtype | None:
+    """What autocast makes products of; None: of what the model is."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 @contextlib.contextmanager

@@ -149,13 +149,13 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             "each process has a share of the parameters, and those of model.quantize can't be cut up",
             "set it to none, or ddp",
         )
-    if config.saves.asks and (config.parallel.stage or config.parallel.shares_parameters):
+    if config.saves.asks and config.parallel.shares:
         raise InputError(
             f"train.saves with {config.parallel.strategy}",
             "what is trained is whole at the end of the run alone",
             "set all of it to null, 0 and last, or the strategy to ddp",
         )
-    if config.optimizer.kind == "muon" and (config.parallel.stage or config.parallel.shares_parameters):
+    if config.optimizer.kind == "muon" and config.parallel.shares:
         raise InputError(
             f"train.optimizer.kind = muon with {config.parallel.strategy}",
             "a step of Muon is of a whole matrix, and each process has a share of it",
@@ -205,8 +205,8 @@ def strategy(config: TrainConfig) -> Strategy | str:
         case "one_device":
             return "auto"
         case "ddp":
-            # A parameter may be unused on one rank alone, where a micro-batch is empty, or on all of them: then it has no
-            # gradient, and no weight decay, as on one device. And the order of summing is that of the first step for ever.
+            # A parameter that nothing reads has no gradient, and no weight decay, as on one device. And the order of summing is
+            # that of the first step for ever.
             return DDPStrategy(
                 find_unused_parameters=True,
                 forward_sync_buffers=False,
@@ -290,7 +290,7 @@ def gathered(trainer: pl.Trainer, config: TrainConfig, names: Collection[str]) -
 
 def leave_whole(trainer: pl.Trainer, config: TrainConfig, names: Collection[str]) -> None:
     """Put what is `gathered` into the model in place of the processes' shares. All ranks call it, when training has ended."""
-    if not config.parallel.stage and config.parallel.strategy != "fsdp":
+    if not config.parallel.shares:
         return
     tensors, training = gathered(trainer, config, names), trainer.lightning_module
     for parent in list(training.modules()):
@@ -314,11 +314,11 @@ def save(trainer: pl.Trainer, config: TrainConfig, folder: Path) -> None:
     def write(path: Path) -> None:
         trainer.save_checkpoint(path)
         if shared:
-            training = trainer.lightning_module
-            names = [name for name, p in training.named_parameters() if p.requires_grad]
-            told = {"global_step": trainer.global_step, "state_dict": gathered(trainer, config, names)}
-            for one in (training, *trainer.callbacks):  # type: ignore[attr-defined]
-                one.on_save_checkpoint(*(() if one is training else (trainer, training)), told)
+            training: Any = trainer.lightning_module
+            told = {"global_step": trainer.global_step, "state_dict": gathered(trainer, config, training.trained)}
+            training.on_save_checkpoint(told)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_save_checkpoint(trainer, training, told)
             if trainer.is_global_zero:
                 torch.save(told, path / checkpoints.SUMMARY)
 

@@ -23,6 +23,7 @@ from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
 from rwkv_core.training.module import Training
+from rwkv_core.training.optimizers import mixed
 
 _SETTINGS, _BATCH, _TRAINED, _READ_ME = "settings.json", "micro_batch.pt", "trained.pth", "README.md"
 
@@ -132,7 +133,7 @@ def reproduce(folder: Path, base: Path | None) -> Reproduced:
         training.set_lanes([BlockState(*block) for block in kept["lanes"]])
     numbers = {name: kept[name] for name in ("step_weight", "learned", "tokens")}
     batch = Batch(tuple(Group(**group) for group in kept["groups"]), **numbers)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    dtype = mixed(config.precision)
     half = contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
     with half, _watched(model) as wrong:
         found = measure(training, batch, settings["micro_batch"])

@@ -97,22 +97,21 @@ def test_a_signal_stops_all_after_the_same_step(whom, project):
 
 
 def test_kills_of_one_process_or_both(project):
-    """At any instant after the first checkpoint. Whoever is left ends too, and the run continues to the same bytes."""
-    draw, whom = random.Random(7), ["first", "second", "both", "first"]
-    for victim in whom:
+    """Whoever is left ends too, and the run continues to the same bytes."""
+    draw, kills = random.Random(7), 0
+    for victim in ("first", "second", "both", "first"):
         running = Running(project)
         running.wait_for("step ")
-        time.sleep(draw.random() * 2)
-        if running.process.poll() is not None:
-            break  # done: nothing is left to kill
-        (other,) = [one for one in running.others() if "tasks.train" in one.cmdline()] or [None]
-        for process in {"first": [running.process], "second": [other], "both": [other, running.process]}[victim]:
-            if process is not None:
-                process.kill()
-        assert running.end() != 0
-    assert "continuing after step" in running.said()
-    if running.process.returncode:
-        project.stage("train")
+        time.sleep(draw.random() * 2 if kills else 0)  # for there to be a kill, however fast the machine is
+        others = [one for one in running.others() if "tasks.train" in one.cmdline()]
+        for process in {"first": [running.process], "second": others, "both": [*others, running.process]}[victim]:
+            process.kill()
+        if running.end() == 0:
+            break  # it was done before, or its second process was
+        kills += 1
+    assert kills
+    assert kills == 1 or "continuing after step" in running.said()
+    project.stage("train")
     assert bits(project) == project.expected
 
 

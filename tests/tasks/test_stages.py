@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from project import make, write_base
+from project import copy_of, files, make, write_base
 
 from rwkv_core import checkpoint
 from rwkv_core.adapters import file as adapter_file
@@ -32,15 +32,7 @@ def done(tmp_path_factory):
 @pytest.fixture
 def fresh(done, tmp_path):
     """A copy of it that a test may damage."""
-    copy = make(tmp_path / "copy")
-    shutil.copytree(done.root / "outputs", copy.root / "outputs")
-    return copy
-
-
-def files(project):
-    return {
-        str(p.relative_to(project.root)): p.read_bytes() for p in (project.root / "outputs").rglob("*") if p.is_file()
-    }
+    return copy_of(done, tmp_path / "copy")
 
 
 def test_prepare_accounts_for_every_row(done):

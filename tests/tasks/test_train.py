@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from project import make
+from project import copy_of, files, make
 
 from rwkv_core import checkpoint
 from rwkv_core.adapters import file as adapter_file
@@ -25,15 +25,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def fresh(prepared, tmp_path):
     """A project whose data is prepared."""
-    copy = make(tmp_path / "copy")
-    shutil.copytree(prepared.root / "outputs", copy.root / "outputs")
-    return copy
-
-
-def files(project):
-    return {
-        str(p.relative_to(project.root)): p.read_bytes() for p in (project.root / "outputs").rglob("*") if p.is_file()
-    }
+    return copy_of(prepared, tmp_path / "copy")
 
 
 KILLED = """
