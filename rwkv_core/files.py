@@ -73,6 +73,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         WorldError: the parent can't be written to, or the disk is full. What was at `path` is untouched.
     """
+    with begun_folder(path) as temporary:
+        yield temporary
+        finish_folder(temporary, path)
+
+
+@contextlib.contextmanager
+def begun_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, for `finish_folder`, which another process may call. It vanishes if the block fails.
+
+    Raises:
+        WorldError: as `whole_folder`.
+    """
     with _explained(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path))
@@ -80,16 +92,27 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                _sync(file)
-            _sync(temporary)
-            if path.exists():
-                _exchange(temporary, path)  # the old folder now has the temporary name, and goes below
-            else:
-                temporary.rename(path)
-            _sync(path.parent)
-        finally:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Sync what is in a temporary folder, and let it replace `path`.
+
+    Raises:
+        WorldError: as `whole_folder`.
+    """
+    with _explained(path):
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            _exchange(temporary, path)  # the old folder now has the temporary name
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.rename(path)
+        _sync(path.parent)
 
 
 def _temporary(path: Path) -> Path:

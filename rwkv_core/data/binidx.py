@@ -119,16 +119,32 @@ class Writer:
             raise InputError(f"a document of {len(found)} tokens", f"{_LONGEST} are the most", "cut it into parts")
         return found
 
-    def append(self, documents: "Documents", first: int, stop: int) -> None:
-        """Append the documents `first` to `stop` - 1 of another binidx of the same dtype, as they are, in large pieces."""
+    def append(self, documents: "Documents", keep: Learned | None = None) -> None:
+        """Append another binidx of the same dtype, in constant memory.
+
+        Args:
+            documents: D of them, which are taken as they are.
+            keep: (D,), which of them to take; None: all.
+
+        Raises:
+            InputError: it is of another dtype.
+        """
         if documents.dtype != self._dtype:
             raise InputError(
                 f"{documents.prefix}: {documents.dtype.name}",
                 f"is joined to {self._dtype.name}",
                 "make one like the other",
             )
-        if first == stop:
-            return
+        if keep is None:
+            keep = np.ones(len(documents), bool)
+        if keep.shape != (len(documents),):
+            raise ValueError(f"{documents.prefix}: keep has {keep.shape} for {len(documents)} documents")
+        edges = np.flatnonzero(np.diff(keep.astype(np.int8), prepend=0, append=0))
+        for first, stop in edges.reshape(-1, 2).tolist():
+            self._append(documents, first, stop)
+
+    def _append(self, documents: "Documents", first: int, stop: int) -> None:
+        """Append the documents `first` to `stop` - 1, in large pieces."""
         begin, end = documents.begin(first), documents.begin(stop - 1) + int(documents.sizes[stop - 1])
         for at in range(first, stop, _PIECE):
             sizes = documents.sizes[at : min(at + _PIECE, stop)]
@@ -474,30 +490,6 @@ class Documents:
             "a weight is a number from 0 on",
             "run the prepare stage again",
         )
-
-
-def concatenate(out: Path, shards: Sequence[Path], keep: Sequence[Learned] | None = None) -> None:
-    """Join binidx files into one, in constant memory.
-
-    Args:
-        out: prefix of the file to write, with mask and weights.
-        shards: prefixes of the files to join, in order; all of the dtype of the first, uint16 or int32.
-        keep: for each shard (D,), which of its documents to take; None: all.
-    """
-    opened = (Documents(shard) for shard in shards)
-    writer = None
-    for number, documents in enumerate(opened):
-        if writer is None:
-            writer = Writer(out, "int32" if documents.dtype == np.int32 else "uint16")
-        if keep is None:
-            writer.append(documents, 0, len(documents))
-            continue
-        if keep[number].shape != (len(documents),):
-            raise ValueError(f"{documents.prefix}: keep has {keep[number].shape} for {len(documents)} documents")
-        edges = np.flatnonzero(np.diff(keep[number].astype(np.int8), prepend=0, append=0))
-        for first, stop in edges.reshape(-1, 2).tolist():
-            writer.append(documents, first, stop)
-    (writer or Writer(out)).close()
 
 
 def _path(prefix: Path, ending: str) -> Path:

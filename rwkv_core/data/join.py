@@ -5,7 +5,7 @@ import functools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rwkv_core.config import DataConfig
 from rwkv_core.data import near
-from rwkv_core.data.binidx import SIDES, Documents, Tokens, concatenate
+from rwkv_core.data.binidx import SIDES, Documents, Tokens, Writer
 from rwkv_core.data.mask import byte_lengths
 from rwkv_core.data.source import Plan
 from rwkv_core.errors import InputError
@@ -27,8 +27,23 @@ def beside(prefix: Path, what: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{what}.{'json' if what == 'where' else 'npy'}")
 
 
-def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """The shards as one, and what there is to tell about them."""
+def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, made: Iterable[Path], out: Path) -> dict[str, Any]:
+    """The shards as one, and what there is to tell about them.
+
+    Args:
+        data: the settings they were made with.
+        plan: the source.
+        tokenizer: what its tokens are.
+        made: their folders, in the source's order. Each is joined when it comes, while others are still made; but what leaks
+            is known only of all, so that the training side waits for that where leaks are dropped.
+        out: folder to write into.
+    """
+    drops = data.holdout.near_duplicates is not None and data.holdout.leaks == "drop"
+    writers, folders = {side: Writer(out / side) for side in SIDES}, list[Path]()
+    for folder in made:
+        folders.append(folder)
+        for side in SIDES[drops:]:
+            writers[side].append(Documents(folder / side))
     facts = [json.loads((folder / "facts.json").read_text(encoding="utf-8")) for folder in folders]
     total = {
         name: sum(fact[name] for fact in facts) for name in ("rows", "refused", "empty", "ungrouped", "straddling")
@@ -40,17 +55,18 @@ def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folders: Sequence[P
     if total["rows"] == total["refused"] + total["empty"]:
         raise InputError(f"{data.source}: {total['rows']} rows", "none has any text", "give it rows with text")
 
-    leaks, keep = 0, None
+    leaks = 0
     with (out / "lints.csv").open("a", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         lints["duplicate"] = _tell_duplicates(folders, table)
         if data.holdout.near_duplicates is not None:
             leaking = _tell_leaks(folders, data.holdout.near_duplicates, table)
             leaks = lints["leak"] = sum(int(np.count_nonzero(leaky)) for leaky in leaking)
-            if data.holdout.leaks == "drop":
-                keep = [~leaky for leaky in leaking]
-                for fact, folder, kept in zip(facts, folders, keep, strict=True):
-                    _take_away(fact["train"], Documents(folder / "train"), kept, tokenizer)
+            if drops:
+                for fact, folder, leaky in zip(facts, folders, leaking, strict=True):
+                    documents = Documents(folder / "train")
+                    writers["train"].append(documents, ~leaky)
+                    _take_away(fact["train"], documents, ~leaky, tokenizer)
     sides = {}
     for side in SIDES:
         sides[side] = _side_facts(side, data, facts)
@@ -60,7 +76,7 @@ def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folders: Sequence[P
                 f"data.holdout.fraction = {data.holdout.fraction} must leave documents on both sides",
                 "change the fraction, or the group, or give more rows",
             )
-        concatenate(out / side, [folder / side for folder in folders], keep if side == "train" else None)
+        writers[side].close()
     _write_tables(out, plan, data, sides)
     manifest = {
         "source": {
@@ -78,7 +94,7 @@ def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folders: Sequence[P
             "group": data.holdout.group,
             "rows_without_group": total["ungrouped"],
             "leaks": leaks,
-            "leaks_dropped": leaks if keep is not None else 0,
+            "leaks_dropped": leaks if drops else 0,
         },
         "straddling_tokens": total["straddling"],
         "lints": {code: count for code, count in sorted(lints.items()) if count},

@@ -1,9 +1,10 @@
 """Rows in, token files out: shard by shard, in as many processes as there are, with the same bytes however many.
 
 A shard is a piece of the source that one process reads by itself. What is made of it stays in a folder of its own until all are
-done, so that an interrupted preparation goes on with the shards that it lacks. Then they are joined, in the source's order.
+done, so that an interrupted preparation goes on with the shards that it lacks. They are joined in the source's order.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +31,7 @@ from rwkv_core.data.lint import Finding, lint
 from rwkv_core.data.mask import learned_tokens
 from rwkv_core.data.source import Empty, Refused, Row, Shard, Unusable
 from rwkv_core.errors import InputError
-from rwkv_core.files import whole_folder, write_json
+from rwkv_core.files import begun_folder, finish_folder, whole_folder, write_json
 from rwkv_core.tokenizer import END, Tokenizer, named
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
@@ -79,9 +80,9 @@ def prepare(
     work.mkdir(parents=True, exist_ok=True)
     with FileLock(work / f"{digest}.lock"):
         folders = [work / digest / shard.digest for shard in plan.shards]
-        _run(data, plan.shards, folders, pool, progress)
-        with whole_folder(out) as whole:
-            manifest = join(data, plan, tokenizer, folders, whole)
+        made = _made(data, plan.shards, folders, pool, progress)
+        with contextlib.closing(made), whole_folder(out) as whole:
+            manifest = join(data, plan, tokenizer, made, whole)
         shutil.rmtree(work / digest)
     _sweep(work)
     return manifest
@@ -100,33 +101,30 @@ def _sweep(work: Path) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _run(
+def _made(
     data: DataConfig,
     shards: Sequence[Shard],
     folders: Sequence[Path],
     pool: Pool | None,
     progress: Callable[[int, int], None] | None,
-) -> None:
-    """Make the shards that are not there. They end in the source's order: of several faults, its first is what is told."""
-    todo = [(shard, folder.absolute()) for shard, folder in zip(shards, folders, strict=True) if not folder.exists()]
+) -> Generator[Path]:
+    """The shards' folders, in the source's order, each when it is there. So of several faults the source's first is told."""
+    todo = {folder: shard for shard, folder in zip(shards, folders, strict=True) if not folder.exists()}
     done = len(shards) - len(todo)
     task = functools.partial(_shard, data.model_copy(update={"source": data.source.absolute()}))
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, len(shards))
-
-    if pool is None or len(todo) < 2:
-        for shard, folder in todo:
-            task(shard, folder)
-            tell()
-        return
-    with pool(len(todo)) as executor:
-        for future in [executor.submit(task, shard, folder) for shard, folder in todo]:
-            future.result()
-            tell()
+    with contextlib.ExitStack() as stack:
+        futures = {}
+        if pool is not None and len(todo) > 1:
+            executor = stack.enter_context(pool(len(todo)))
+            futures = {folder: executor.submit(task, shard, folder.absolute()) for folder, shard in todo.items()}
+        for folder in folders:
+            if folder in todo:
+                temporary = futures[folder].result() if futures else task(todo[folder], folder)
+                finish_folder(temporary, folder)  # here, for a process that made it not to wait for the disk
+                done += 1
+                if progress is not None:
+                    progress(done, len(shards))
+            yield folder
 
 
 class _Side:
@@ -190,14 +188,14 @@ class _Document(NamedTuple):
     findings: Sequence[Finding]
 
 
-def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
-    """Make one shard, whole or not at all."""
+def _shard(data: DataConfig, shard: Shard, folder: Path) -> Path:
+    """Make one shard in a temporary folder, which is to become `folder`; returns its path."""
     tokenizer = named(data.tokenizer, data.special_tokens)
     part, holdout = data.parts[shard.part], data.holdout
     counts = Counter(rows=0, refused=0, empty=0, ungrouped=0, straddling=0)
     lints: Counter[str] = Counter()
     with (
-        whole_folder(folder) as out,
+        begun_folder(folder) as out,
         (out / "refused.jsonl").open("w", encoding="utf-8") as refusals,
         (out / "lints.csv").open("w", newline="", encoding="utf-8") as findings,
     ):
@@ -234,6 +232,7 @@ def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
                 table.writerow((finding.code, row.where, finding.at + 1, finding.message))
         facts = {side: sides[side].close() for side in SIDES}
         write_json(out / "facts.json", {"part": part.name, **counts, "lints": lints, **facts})
+    return out
 
 
 def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rwkv_core.data import binidx
-from rwkv_core.data.binidx import Documents, Writer, concatenate
+from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.errors import InputError
 
 DOCUMENTS = [[5, 6, 0], [0], [65535, 1, 2, 3, 0]]
@@ -212,7 +212,10 @@ def test_shards_are_joined(kept, piece, tmp_path, monkeypatch):
     for i, (prefix, (documents, learned, weights)) in enumerate(zip(prefixes, shards, strict=True)):
         write(prefix, documents, learned, weights, beside=i != 3)  # one without a mask
         shards[i] = read_by_hand(prefix)
-    concatenate(tmp_path / "joined", prefixes, keep)
+    writer = Writer(tmp_path / "joined")
+    for i, prefix in enumerate(prefixes):
+        writer.append(Documents(prefix), None if keep is None else keep[i])
+    writer.close()
     wanted = tuple(
         [x for i, shard in enumerate(shards) for j, x in enumerate(shard[part]) if keep is None or keep[i][j]]
         for part in range(3)
@@ -226,9 +229,15 @@ def test_shards_are_joined(kept, piece, tmp_path, monkeypatch):
 def test_only_like_shards_are_joined(tmp_path):
     write(tmp_path / "a", DOCUMENTS)
     write(tmp_path / "b", DOCUMENTS, dtype="int32")
+    writer = Writer(tmp_path / "c")
     with pytest.raises(InputError, match="b: int32: is joined to uint16"):
-        concatenate(tmp_path / "c", [tmp_path / "a", tmp_path / "b"])
-    concatenate(tmp_path / "none", [])
+        writer.append(Documents(tmp_path / "b"))
+    with pytest.raises(ValueError, match="a: keep has"):
+        writer.append(Documents(tmp_path / "a"), np.ones(len(DOCUMENTS) + 1, bool))
+    writer.append(Documents(tmp_path / "a"))
+    writer.close()
+    assert everything(tmp_path / "c") == everything(tmp_path / "a")
+    Writer(tmp_path / "none").close()
     assert len(Documents(tmp_path / "none")) == 0
 
 

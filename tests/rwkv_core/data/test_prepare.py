@@ -338,15 +338,15 @@ def test_an_interrupted_preparation_goes_on_with_the_shards_it_lacks(tmp_path, s
     def stopping(settings, which, folder):
         if len(made) == 7:
             raise KeyboardInterrupt
-        shard(settings, which, folder)
         made.append(folder.name)
+        return shard(settings, which, folder)
 
     monkeypatch.setattr(module, "_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", *parts)
     assert not (tmp_path / "out").exists()
     again = []
-    monkeypatch.setattr(module, "_shard", lambda *given: (shard(*given), again.append(given[2].name)))
+    monkeypatch.setattr(module, "_shard", lambda *given: (again.append(given[2].name), shard(*given))[1])
     run(source, tmp_path / "out", *parts)
     assert len(made) == 7
     assert again
