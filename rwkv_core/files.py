@@ -64,26 +64,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A temporary folder beside `path`, which replaces `path` if the block succeeds and vanishes if it fails.
 
     A reader sees the old folder or the new one: where the file system can exchange two names in one step (Linux's
     renameat2), no instant has neither.
 
+    Args:
+        path: the folder.
+        synced: wait until the disk has it. Where not, a power cut may leave the name with files that lack bytes: who reads them
+            must find that out.
+
     Raises:
         WorldError: the parent can't be written to, or the disk is full. What was at `path` is untouched.
-    """
-    with begun_folder(path) as temporary:
-        yield temporary
-        finish_folder(temporary, path)
-
-
-@contextlib.contextmanager
-def begun_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, for `finish_folder`, which another process may call. It vanishes if the block fails.
-
-    Raises:
-        WorldError: as `whole_folder`.
     """
     with _explained(path):
         if path.exists() and not path.is_dir():
@@ -92,27 +85,18 @@ def begun_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-        except BaseException:
+            if synced:
+                for file in sorted(temporary.rglob("*")):
+                    _sync(file)
+                _sync(temporary)
+            if path.exists():
+                _exchange(temporary, path)  # the old folder now has the temporary name, and goes below
+            else:
+                temporary.rename(path)
+            if synced:
+                _sync(path.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def finish_folder(temporary: Path, path: Path) -> None:
-    """Sync what is in a temporary folder, and let it replace `path`.
-
-    Raises:
-        WorldError: as `whole_folder`.
-    """
-    with _explained(path):
-        for file in sorted(temporary.rglob("*")):
-            _sync(file)
-        _sync(temporary)
-        if path.exists():
-            _exchange(temporary, path)  # the old folder now has the temporary name
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.rename(path)
-        _sync(path.parent)
 
 
 def _temporary(path: Path) -> Path:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,20 +47,27 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def pool(processes: int) -> Iterator[Executor]:
-    """So many processes, begun from nothing: a fork would have the locks of this one's threads."""
+def pool(processes: int, ready: Callable[[], object]) -> Iterator[Executor]:
+    """So many processes, begun from nothing: a fork would have the locks of this one's threads.
+
+    Args:
+        processes: how many.
+        ready: what each calls first, when the block begins: what it loads is there when there is work.
+    """
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, context, _begin, (os.getpid(),))
+    executor = ProcessPoolExecutor(processes, context, _begin, (os.getpid(), ready))
+    for _ in range(processes):
+        executor.submit(int)  # a process begins when there is something to do
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, ready: Callable[[], object]) -> None:
     stop_with_parent()
     if os.getppid() != parent:  # it died while this process was starting
         os._exit(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl+C reaches all of a terminal's processes; this one's parent ends it
+    # Ctrl+C reaches all of a terminal's processes; this one's parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ready()

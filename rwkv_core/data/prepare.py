@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,11 +31,11 @@ from rwkv_core.data.lint import Finding, lint
 from rwkv_core.data.mask import learned_tokens
 from rwkv_core.data.source import Empty, Refused, Row, Shard, Unusable
 from rwkv_core.errors import InputError
-from rwkv_core.files import begun_folder, finish_folder, whole_folder, write_json
+from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.tokenizer import END, Tokenizer, named
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
-"""Gives, for so many shards, what runs them."""
+"""Gives, for so many shards or fewer, what runs them."""
 
 _TOGETHER = 64  # documents whose signatures are made at a time
 
@@ -54,6 +54,8 @@ def prepare(
     work: Path,
     pool: Pool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    shard_bytes: int = source.SHARD_BYTES,
 ) -> dict[str, Any]:
     """Tokenize `data.source` into a binidx of each side, with masks and weights. Memory does not grow with the text.
 
@@ -66,6 +68,7 @@ def prepare(
         work: folder of finished shards; those of a finished preparation are removed.
         pool: of processes that see the same files; it is not asked for a single shard. None: this process does all.
         progress: is told how many shards are done, and how many there are.
+        shard_bytes: of the source, in a shard.
 
     Returns:
         The manifest: source, vocabulary, split, and for each side documents, tokens, those learned, bytes, longest document,
@@ -74,16 +77,20 @@ def prepare(
     Raises:
         InputError: the source can't be read, more rows are refused than may be, or a side would be empty.
     """
-    plan = source.plan(data.source, data.parts)
-    tokenizer = named(data.tokenizer, data.special_tokens)
-    digest = hashlib.sha256(f"{_settings_digest(data, tokenizer)} {plan.sha256}".encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
-    with FileLock(work / f"{digest}.lock"):
-        folders = [work / digest / shard.digest for shard in plan.shards]
-        made = _made(data, plan.shards, folders, pool, progress)
-        with contextlib.closing(made), whole_folder(out) as whole:
-            manifest = join(data, plan, tokenizer, made, whole)
-        shutil.rmtree(work / digest)
+    most = source.most_shards(data.source, shard_bytes)
+    with (
+        contextlib.nullcontext() if pool is None or most < 2 else pool(most) as executor
+    ):  # it begins while this one reads
+        plan = source.plan(data.source, data.parts, shard_bytes=shard_bytes)
+        tokenizer = named(data.tokenizer, data.special_tokens)
+        digest = hashlib.sha256(f"{_settings_digest(data, tokenizer)} {plan.sha256}".encode()).hexdigest()[:16]
+        with FileLock(work / f"{digest}.lock"):
+            folders = [work / digest / shard.digest for shard in plan.shards]
+            with whole_folder(out) as whole:
+                made = _made(data, plan.shards, folders, executor, progress)
+                manifest = join(data, plan, tokenizer, made, whole)
+            shutil.rmtree(work / digest)
     _sweep(work)
     return manifest
 
@@ -105,26 +112,26 @@ def _made(
     data: DataConfig,
     shards: Sequence[Shard],
     folders: Sequence[Path],
-    pool: Pool | None,
+    executor: Executor | None,
     progress: Callable[[int, int], None] | None,
-) -> Generator[Path]:
+) -> Iterator[Path]:
     """The shards' folders, in the source's order, each when it is there. So of several faults the source's first is told."""
-    todo = {folder: shard for shard, folder in zip(shards, folders, strict=True) if not folder.exists()}
+    todo = {folder: shard for shard, folder in zip(shards, folders, strict=True) if not _is_whole(folder)}
     done = len(shards) - len(todo)
     task = functools.partial(_shard, data.model_copy(update={"source": data.source.absolute()}))
-    with contextlib.ExitStack() as stack:
-        futures = {}
-        if pool is not None and len(todo) > 1:
-            executor = stack.enter_context(pool(len(todo)))
-            futures = {folder: executor.submit(task, shard, folder.absolute()) for folder, shard in todo.items()}
-        for folder in folders:
-            if folder in todo:
-                temporary = futures[folder].result() if futures else task(todo[folder], folder)
-                finish_folder(temporary, folder)  # here, for a process that made it not to wait for the disk
-                done += 1
-                if progress is not None:
-                    progress(done, len(shards))
-            yield folder
+    futures = {}
+    if executor is not None:
+        futures = {folder: executor.submit(task, shard, folder.absolute()) for folder, shard in todo.items()}
+    for folder in folders:
+        if folder in todo:
+            if executor is not None:
+                futures[folder].result()
+            else:
+                task(todo[folder], folder)
+            done += 1
+            if progress is not None:
+                progress(done, len(shards))
+        yield folder
 
 
 class _Side:
@@ -188,14 +195,14 @@ class _Document(NamedTuple):
     findings: Sequence[Finding]
 
 
-def _shard(data: DataConfig, shard: Shard, folder: Path) -> Path:
-    """Make one shard in a temporary folder, which is to become `folder`; returns its path."""
+def _shard(data: DataConfig, shard: Shard, folder: Path) -> None:
+    """Make one shard, whole or not at all. The disk is not waited for: `_is_whole` knows what a power cut has spoiled."""
     tokenizer = named(data.tokenizer, data.special_tokens)
     part, holdout = data.parts[shard.part], data.holdout
     counts = Counter(rows=0, refused=0, empty=0, ungrouped=0, straddling=0)
     lints: Counter[str] = Counter()
     with (
-        begun_folder(folder) as out,
+        whole_folder(folder, synced=False) as out,
         (out / "refused.jsonl").open("w", encoding="utf-8") as refusals,
         (out / "lints.csv").open("w", newline="", encoding="utf-8") as findings,
     ):
@@ -231,8 +238,19 @@ def _shard(data: DataConfig, shard: Shard, folder: Path) -> Path:
                 lints[finding.code] += 1
                 table.writerow((finding.code, row.where, finding.at + 1, finding.message))
         facts = {side: sides[side].close() for side in SIDES}
-        write_json(out / "facts.json", {"part": part.name, **counts, "lints": lints, **facts})
-    return out
+        refusals.close()
+        findings.close()
+        files = {file.name: sha256(file) for file in sorted(out.iterdir())}
+        write_json(out / "facts.json", {"part": part.name, **counts, "lints": lints, **facts, "files": files})
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a shard is there, as it was made."""
+    try:
+        files = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["files"]
+        return all(sha256(folder / name) == digest for name, digest in files.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _document(row: Row, part: PartConfig, tokenizer: Tokenizer) -> "_Document":

@@ -77,6 +77,9 @@ class Plan(NamedTuple):
     """Of a single file its own; of a folder, of the paths and digests of the files that are read."""
 
 
+SHARD_BYTES = 16 << 20
+"""Of a source, in a shard."""
+
 _BY_NAME = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "utf-8",
     ".parquet": "parquet", ".arrow": "arrow", ".npy": "numpy",
@@ -99,7 +102,7 @@ _HEAD = 1 << 16  # bytes that say what a file is
 _PIECE = 1 << 20  # bytes
 
 
-def plan(source: Path, parts: Sequence[PartConfig], *, shard_bytes: int = 16 << 20) -> Plan:
+def plan(source: Path, parts: Sequence[PartConfig], *, shard_bytes: int = SHARD_BYTES) -> Plan:
     """Find the files, see what they are, and cut them into shards. Every byte is read once, for its digest.
 
     Args:
@@ -147,6 +150,12 @@ def plan(source: Path, parts: Sequence[PartConfig], *, shard_bytes: int = 16 << 
     if source.is_dir():
         sha = hashlib.sha256("".join(f"{file.sha256} {file.path}\n" for file in files).encode()).hexdigest()
     return Plan(files, sorted(unread), _shards(found, shard_bytes), sha)
+
+
+def most_shards(source: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """No plan of a source has more, by the sizes of its files alone."""
+    files = [source / name for name in _names(source)[0]] if source.is_dir() else [source]
+    return sum(1 + file.stat().st_size // shard_bytes for file in files if file.exists())
 
 
 def rows(shard: Shard, source: Path) -> Iterator[Row | Refused]:

@@ -33,8 +33,9 @@ def write(path, rows):
     return path
 
 
-def run(source, out, *parts, pool=None, **changes):
-    return prepare(data(source, *parts, **changes), out, out.with_name(f"{out.name} work"), pool)
+def run(source, out, *parts, pool=None, shard_bytes=1 << 24, **changes):
+    work = out.with_name(f"{out.name} work")
+    return prepare(data(source, *parts, **changes), out, work, pool, shard_bytes=shard_bytes)
 
 
 def texts(out, side):
@@ -290,14 +291,6 @@ def test_near_duplicates_of_held_out_documents_are_found(leaks, tmp_path):
         )
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
-    """Sources of some kilobytes are of many shards."""
-    from rwkv_core.data import source
-
-    monkeypatch.setattr(source, "plan", functools.partial(source.plan, shard_bytes=2000))
-
-
 def mixed(tmp_path):
     source = tmp_path / "source"
     write(source / "a.jsonl", [chat(i) for i in range(200)])
@@ -305,20 +298,17 @@ def mixed(tmp_path):
     return source, [part(name="chats", files="a*", mask="qa"), part(name="rest")]
 
 
-def test_shards_and_processes_change_no_byte(tmp_path, monkeypatch):
+def test_shards_and_processes_change_no_byte(tmp_path):
     source, parts = mixed(tmp_path)
     run(source, tmp_path / "whole", *parts, near_duplicates=0.5)
-    from rwkv_core.data import source as sources
-
-    monkeypatch.setattr(sources, "plan", functools.partial(sources.plan, shard_bytes=2000))
     asked = []
 
     def two(shards):
         asked.append(shards)
-        return processes.pool(2)
+        return processes.pool(2, functools.partial(named, "world", {}))
 
-    run(source, tmp_path / "one", *parts, near_duplicates=0.5)
-    run(source, tmp_path / "two", *parts, near_duplicates=0.5, pool=two)
+    run(source, tmp_path / "one", *parts, near_duplicates=0.5, shard_bytes=2000)
+    run(source, tmp_path / "two", *parts, near_duplicates=0.5, shard_bytes=2000, pool=two)
     assert asked[0] > 10
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     whole = contents(tmp_path / "whole")
@@ -328,9 +318,10 @@ def test_shards_and_processes_change_no_byte(tmp_path, monkeypatch):
     assert sorted(whole["lints.csv"].splitlines()) == sorted((tmp_path / "one" / "lints.csv").read_bytes().splitlines())
 
 
-def test_an_interrupted_preparation_goes_on_with_the_shards_it_lacks(tmp_path, small_shards, monkeypatch):
+def test_an_interrupted_preparation_goes_on_with_the_shards_it_lacks(tmp_path, monkeypatch):
+    """And with those that a power cut has spoiled."""
     source, parts = mixed(tmp_path)
-    run(source, tmp_path / "at once", *parts)
+    run(source, tmp_path / "at once", *parts, shard_bytes=2000)
     from rwkv_core.data import prepare as module
 
     made, shard = [], module._shard
@@ -338,24 +329,27 @@ def test_an_interrupted_preparation_goes_on_with_the_shards_it_lacks(tmp_path, s
     def stopping(settings, which, folder):
         if len(made) == 7:
             raise KeyboardInterrupt
-        made.append(folder.name)
-        return shard(settings, which, folder)
+        shard(settings, which, folder)
+        made.append(folder)
 
     monkeypatch.setattr(module, "_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "out", *parts)
+        run(source, tmp_path / "out", *parts, shard_bytes=2000)
     assert not (tmp_path / "out").exists()
+    tokens = (made[2] / "train.bin").read_bytes()
+    (made[2] / "train.bin").write_bytes(bytes(len(tokens)))
+    (made[3] / "facts.json").write_bytes(b"")
+    (made[4] / "valid.idx").unlink()
     again = []
-    monkeypatch.setattr(module, "_shard", lambda *given: (again.append(given[2].name), shard(*given))[1])
-    run(source, tmp_path / "out", *parts)
+    monkeypatch.setattr(module, "_shard", lambda *given: (shard(*given), again.append(given[2]))[0])
+    run(source, tmp_path / "out", *parts, shard_bytes=2000)
     assert len(made) == 7
-    assert again
-    assert not set(made) & set(again)
+    assert set(made) & set(again) == set(made[2:5])
     assert contents(tmp_path / "out") == contents(tmp_path / "at once")
     assert not [p for p in (tmp_path / "out work").iterdir() if p.is_dir()]
 
 
-def test_shards_of_other_settings_are_not_taken(tmp_path, small_shards, monkeypatch):
+def test_shards_of_other_settings_are_not_taken(tmp_path, monkeypatch):
     source, parts = mixed(tmp_path)
     from rwkv_core.data import join
     from rwkv_core.data import prepare as module
@@ -363,29 +357,27 @@ def test_shards_of_other_settings_are_not_taken(tmp_path, small_shards, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(module, "join", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run(source, tmp_path / "out", *parts)
+            run(source, tmp_path / "out", *parts, shard_bytes=2000)
     assert module.join is join.join
-    run(source, tmp_path / "out", *[p.model_copy(update={"mask": "none"}) for p in parts])
-    run(source, tmp_path / "other", *[p.model_copy(update={"mask": "none"}) for p in parts])
+    run(source, tmp_path / "out", *[p.model_copy(update={"mask": "none"}) for p in parts], shard_bytes=2000)
+    run(source, tmp_path / "other", *[p.model_copy(update={"mask": "none"}) for p in parts], shard_bytes=2000)
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
 
 
 KILLED = """
-import functools, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/tests"]
 from data_settings import data, part
 from rwkv_core import processes
-from rwkv_core.data import source
 from rwkv_core.data.prepare import prepare
 def told(done, total):
     print(done, flush=True)
     if done >= int(sys.argv[4]) > 0:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    source.plan = functools.partial(source.plan, shard_bytes=20_000)
     prepare(data(Path(sys.argv[1]), part(mask="none")), Path(sys.argv[2]), Path(sys.argv[2] + " work"),
-            lambda shards: processes.pool(2), told)
+            lambda shards: processes.pool(2, int), told, shard_bytes=20_000)
 """
 
 
@@ -423,14 +415,13 @@ def any_in_session(session):
 
 
 PEAK = """
-import functools, sys
+import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/tests"]
 from data_settings import data, part
-from rwkv_core.data import source
 from rwkv_core.data.prepare import prepare
-source.plan = functools.partial(source.plan, shard_bytes=2_000_000)
-prepare(data(Path(sys.argv[1]), part(mask="none"), near_duplicates=0.8), Path(sys.argv[2]), Path(sys.argv[2] + " work"))
+settings = data(Path(sys.argv[1]), part(mask="none"), near_duplicates=0.8)
+prepare(settings, Path(sys.argv[2]), Path(sys.argv[2] + " work"), shard_bytes=2_000_000)
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
 
