@@ -77,6 +77,7 @@ def test_a_changed_file_makes_the_stages_that_use_it_stale(project, file, stale)
     assert {name for name in status if "demo" not in name} == stale
 
 
+@pytest.mark.slow
 def test_an_adapter_to_go_on_from_is_a_dependency(project):
     adapter = project.root / "start/mine.pth"
     adapter.write_bytes((project.root / "outputs/train/adapter.pth").read_bytes())
@@ -93,6 +94,7 @@ def test_a_setting_that_no_stage_depends_on_changes_nothing(project):
     assert ran(project.dvc("repro").stdout) == []
 
 
+@pytest.mark.slow
 def test_a_failed_stage_keeps_what_was_there(project):
     before = (project.root / "outputs/train/adapter.pth").read_bytes()
     project.set(train__optimizer__warmup_steps=10_000)
@@ -157,6 +159,7 @@ def test_as_cloned_the_demo_comes_first(tmp_path):
     assert planned.index("demo/dvc.yaml:pretrain") < planned.index("train")
 
 
+@pytest.mark.slow
 def test_a_tuned_state_comes_and_goes_with_its_model(project):
     """The folder of the merged model is one output: what is in it depends on the method."""
     state = {"kind": "state", "state": "wkv", "layers": "all", "also": [], "load": None}

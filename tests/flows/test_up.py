@@ -44,6 +44,7 @@ def listening(process: subprocess.Popen[bytes]) -> set[str]:
     return {c.laddr.ip for p in found for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
 
 
+@pytest.mark.slow
 def test_up_serves_the_pipeline_and_leaves_nothing_behind(repository: Path):
     """One start, for starting takes long: addresses, a run asked for in the UI, its cancel, and Ctrl+C."""
     prefect, mlflow = free_port(), free_port()

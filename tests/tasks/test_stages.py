@@ -107,6 +107,7 @@ def tuned(request, tmp_path_factory):
     return project
 
 
+@pytest.mark.slow
 def test_a_tuned_state_goes_through_the_pipeline(tuned):
     outputs = tuned.root / "outputs"
     alone, whole = tuned.adapter is STATE, "token shift" in tuned.adapter["state"]
@@ -227,7 +228,17 @@ def bad_inputs():
     yield "export", setting(export__formats=["gguf"]), ["gguf", "'pth' or 'st'"]
 
 
-@pytest.mark.parametrize(("stage", "damage", "said"), list(bad_inputs()), ids=lambda x: x if isinstance(x, str) else "")
+def quick_and_slow(cases):
+    """One of each stage now, for a stage takes seconds to start; the others are slow."""
+    begun = set()
+    for stage, *rest in cases:
+        yield pytest.param(stage, *rest, marks=[pytest.mark.slow] if stage in begun else [])
+        begun.add(stage)
+
+
+@pytest.mark.parametrize(
+    ("stage", "damage", "said"), quick_and_slow(bad_inputs()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_bad_input_is_one_message_exit_code_1_and_nothing_lost(fresh, stage, damage, said):
     damage(fresh)
     before = files(fresh)
@@ -241,6 +252,7 @@ def test_bad_input_is_one_message_exit_code_1_and_nothing_lost(fresh, stage, dam
     assert not (fresh.root / "executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prepare", "preview", "train", "merge", "evaluate", "export"])
 def test_a_full_disk_is_explained_and_leaves_the_previous_outputs(fresh, stage):
     """No file may grow past 1 kB: what a write to a full disk raises, raised by the kernel."""
@@ -272,7 +284,8 @@ def test_an_unwritable_folder_is_explained(fresh):
     assert files(fresh) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_training_saves_and_continues_to_the_same_bytes(done, fresh, number):
     shutil.rmtree(fresh.root / "outputs/train")
     process = subprocess.Popen(
@@ -327,6 +340,7 @@ def test_other_settings_do_not_continue_the_old_run(fresh):
     assert json.loads((fresh.root / "outputs/train/metrics.json").read_text())["resumed_at"] == 0
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_an_adapter(done, fresh):
     shutil.copy(fresh.root / "outputs/train/adapter.pth", fresh.root / "start/first.pth")
     fresh.set(adapter__load="start/first.pth")
@@ -348,6 +362,7 @@ def test_a_training_goes_on_from_an_adapter(done, fresh):
     assert files(fresh)["outputs/train/adapter.pth"] == once
 
 
+@pytest.mark.slow
 def test_a_method_of_peft_and_rows_of_tokens_go_through(fresh):
     fresh.set(
         adapter={

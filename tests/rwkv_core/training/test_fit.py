@@ -296,6 +296,7 @@ def scale(folder):
     return saved["MixedPrecision"]["scale"]
 
 
+@pytest.mark.slow
 def test_float16_scales_its_loss(run, tmp_path):
     """Two runs of it: with an adapter and without. The scale is in the checkpoint; the norms are of the gradient itself."""
     for adapter, folder in ((LORA, tmp_path / "lora"), (None, tmp_path / "full")):
@@ -336,8 +337,10 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "cpu_adam" else kind for kind in KINDS]
+)
 def test_every_optimizer_learns_and_continues_where_it_stopped(kind, precision, run, tmp_path):
     """Full training, so that there are matrices that 8 bits are for; wsd, whose place is the checkpoint's too."""
 
