@@ -234,12 +234,17 @@ class Job:
         """
         try:
             result = self._train(log)
+            self.state.note(self.arm, self.halt, result=result)
+        except graph.StoppedError:
+            raise
         except (graph.StageError, Problem) as failure:
             self.state.note(self.arm, self.halt, failed=str(failure))
             return str(failure)
+        except Exception as error:
+            self.state.note(self.arm, self.halt, failed=f"{type(error).__name__}: {error}")
+            raise
         finally:
-            self.free.put(self.slot)
-        self.state.note(self.arm, self.halt, result=result)
+            self.free.put(self.slot)  # when all are back, all is noted
         return None
 
     def _train(self, log: Callable[[str], None]) -> Result:
@@ -477,9 +482,6 @@ def beside(executor: ThreadPoolExecutor, say: Callable[[str], None]) -> Start:
             failure = job.run(lambda line: None)
         except graph.StoppedError:
             return
-        except Exception as error:
-            job.state.note(job.arm, job.halt, failed=f"{type(error).__name__}: {error}")
-            raise
         result = job.state.done(job.arm, job.halt)
         came_to = f"held-out loss {result.loss:.4f} after {result.steps} steps" if result else failure
         say(f"{job.arm.name} ({values}): {came_to}")

@@ -1,6 +1,5 @@
 """`rwkvflow compare`: in what runs differ."""
 
-import json
 import re
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ WORKSPACE = "workspace"
 
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 _ABSENT = "-"
+_METRICS = {"outputs/train/metrics.json": "final/", "outputs/evaluate/metrics.json": "evaluate/"}
+"""What MLflow's metrics of a stage begin with."""
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Run:
     """What there is to say of one, by section and dotted name."""
 
     name: str
+    kind: str
+    """Where it was found: mlflow or dvc."""
     params: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     """Digests of what was read and made, by path."""
@@ -55,6 +58,8 @@ def compare(root: Path, names: Sequence[str]) -> str:
     lines = []
     for section, those in known.items():
         rows = _differences([getattr(run, section) for run in those]) if len(those) > 1 else []
+        if len({run.kind for run in those}) > 1:  # MLflow and DVC don't note all the same
+            rows = [(name, values) for name, values in rows if _ABSENT not in values]
         if rows:
             wanted = [[values[those.index(run)] if run in those else "?" for run in runs] for _, values in rows]
             lines += _table([section, *names], [[name, *cells] for (name, _), cells in zip(rows, wanted, strict=True)])
@@ -102,7 +107,7 @@ def _in_dvc(root: Path, name: str) -> Run:
                 )
             # an experiment is made from the commit before it
             commit = _git(root, "rev-parse", f"{revision}^") if experiment else revision
-        run = Run(name)
+        run = Run(name, "dvc")
         for held, values in repo.params.show(revs=[revision] if revision else None).items():
             if revision is None or held != "workspace":
                 for path, of in values.get("data", {}).items():
@@ -111,7 +116,9 @@ def _in_dvc(root: Path, name: str) -> Run:
         for held, values in repo.metrics.show(revs=[revision] if revision else None).items():
             if revision is None or held != "workspace":
                 for path, of in values.get("data", {}).items():
-                    run.metrics |= {f"{path}:{key}": _text(x) for key, x in mirror.flat(of.get("data") or {}).items()}
+                    prefix = _METRICS.get(path, f"{path}:")
+                    numbers = mirror.flat(of.get("data") or {})
+                    run.metrics |= {f"{prefix}{key.replace('.', '/')}": _text(value) for key, value in numbers.items()}
     run.code["git commit"] = (commit or _ABSENT)[:10]
     if revision is None and _git(
         root, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)dvc.lock"
@@ -166,12 +173,14 @@ def _in_mlflow(root: Path, name: str) -> Run | None:
             return None
         found = runs[0]
     tags = found.data.tags
+    inputs = found.inputs.dataset_inputs if found.inputs else []
     data = {
-        f"{i.dataset.name} ({i.tags[0].value})": i.dataset.digest[:10] for i in found.inputs.dataset_inputs if i.tags
+        f"{entry.dataset.name} ({entry.tags[0].value})": entry.dataset.digest[:10] for entry in inputs if entry.tags
     }
     changed = ", changed" if tags.get("git.dirty") == "True" else ""
     return Run(
         name,
+        "mlflow",
         params=dict(found.data.params),
         data=data,
         code={"git commit": tags.get("git.commit", _ABSENT)[:10] + changed},
