@@ -1,5 +1,6 @@
 """A sweep as a Prefect flow: a task for each arm, the table and the chart as artifacts."""
 
+import base64
 import contextlib
 import os
 import threading
@@ -63,8 +64,11 @@ def sweep(space: Sweep) -> FlowState[object]:
     except (Problem, graph.StageError) as problem:
         return Failed(message=str(problem))
     create_markdown_artifact(table.read_text(encoding="utf-8"), key="sweep-table", description=f"Sweep {space.name}")
+    picture = base64.b64encode(chart.read_bytes()).decode()  # a browser cannot open a file of this machine
     create_image_artifact(
-        chart.as_uri(), key="sweep-pareto", description=f"Sweep {space.name}: loss against what it takes"
+        f"data:image/png;base64,{picture}",
+        key="sweep-pareto",
+        description=f"Sweep {space.name}: loss against what it takes",
     )
     return _conclusion(told)
 
