@@ -1,7 +1,4 @@
-"""Everything that touches DVC: the graph of stages, and one stage brought up to date.
-
-All of it works in the current folder, which must be the repository's root: DVC names stages as seen from there.
-"""
+"""DVC's graph of stages, and one stage brought up to date, in a repository's root: DVC names stages as seen from there."""
 
 import itertools
 import os
@@ -24,6 +21,7 @@ import psutil
 from flows.environment import LOGS
 from flows.lines import Lines
 from rwkv_core.errors import InputError, WorldError
+from tasks.record import main_root
 
 PATIENCE = 900.0
 """Seconds that a stage which was asked to stop may take to save, before it is killed."""
@@ -86,28 +84,32 @@ def short_name(stage: str) -> str:
     return stage.rpartition(":")[2].partition("@")[0]
 
 
-def plan(targets: Sequence[str] = ()) -> list[Stage]:
-    """The stages that `dvc repro TARGETS` would go through, each after all that it needs.
+def plan(targets: Sequence[str] = (), root: Path = Path()) -> list[Stage]:
+    """The stages that `dvc repro TARGETS` would go through in `root`, each after all that it needs.
 
     Raises:
-        InputError: there is no dvc.yaml here, it does not make a graph, or a target is not in it.
+        InputError: there is no dvc.yaml there, it does not make a graph, or a target is not in it.
     """
     import networkx as nx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
-    from dvc.repo.reproduce import collect_stages, get_active_graph
+    from dvc.repo.reproduce import get_active_graph
+    from dvc.utils import parse_target
 
-    if not Path("dvc.yaml").is_file():
+    if not (root / "dvc.yaml").is_file():
         raise InputError("dvc.yaml", "is not in this folder", "run this in the repository's root")
     try:
-        with Repo() as repo:
+        with Repo(str(root)) as repo:
             graph = get_active_graph(repo.index.graph)  # an edge goes from a stage to one it needs
-            wanted = set(collect_stages(repo, targets or ["dvc.yaml"]))
+            named = (parse_target(target) for target in targets or ["dvc.yaml"])
+            wanted = {
+                stage for file, name in named for stage in repo.stage.load_all(str(root / (file or "dvc.yaml")), name)
+            }
             wanted |= {need for stage in wanted for need in nx.descendants(graph, stage)}
             return [
                 Stage(
-                    name=stage.addressing,
-                    needs=tuple(need.addressing for need in graph.successors(stage)),
+                    name=_name(stage, root),
+                    needs=tuple(_name(need, root) for need in graph.successors(stage)),
                     metrics=tuple(Path(out.fs_path) for out in stage.outs if out.metric),
                 )
                 for stage in nx.dfs_postorder_nodes(graph)  # needs first, otherwise as written in dvc.yaml
@@ -117,6 +119,12 @@ def plan(targets: Sequence[str] = ()) -> list[Stage]:
         value = " ".join(targets) or "dvc.yaml"
         rule = f"DVC cannot use it: {' '.join(str(error).split())}"
         raise InputError(value, rule, "correct it; `dvc stage list --all` names the stages there are") from error
+
+
+def _name(stage: Any, root: Path) -> str:
+    """DVC's name of a stage as seen from `root`; its own is as seen from the current folder."""
+    file = os.path.relpath(stage.path, root)
+    return stage.name if file == "dvc.yaml" else f"{file}:{stage.name}" if hasattr(stage, "name") else file
 
 
 def stale(stages: Sequence[str]) -> dict[str, list[str]]:
@@ -214,18 +222,22 @@ def reproduce(
     stage: str,
     log: Callable[[str], None],
     *,
+    root: Path = Path(),
+    needs: bool = False,
     force: bool = False,
     environment: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
     grace: float = PATIENCE,
 ) -> Outcome:
-    """Bring one stage up to date; what it needs is up to date already.
+    """Bring one stage up to date.
 
     Another dvc that works on the same files is waited for.
 
     Args:
         stage: its name, from `plan`.
         log: is given each line that the stage and dvc print, as it is printed.
+        root: the checkout it runs in.
+        needs: bring up to date all that it needs, too; else that is so already.
         force: run it even if nothing has changed.
         environment: variables for the stage, beside this process's own.
         stop: when set, the stage is asked to save and stop.
@@ -239,7 +251,7 @@ def reproduce(
     stop = stop or threading.Event()
     waiting = False
     while not stop.is_set():
-        attempt = _Attempt(stage, log)
+        attempt = _Attempt(stage, log, root, needs)
         code = attempt.run(force, environment or {}, stop, grace)
         if code == 0:
             return attempt.outcome
@@ -256,10 +268,12 @@ def reproduce(
 
 @dataclass
 class _Attempt:
-    """One `dvc repro --single-item`, and what its output tells."""
+    """One `dvc repro`, and what its output tells."""
 
     stage: str
     log: Callable[[str], None]
+    root: Path
+    needs: bool
     outcome: Outcome = Outcome.EXECUTED
     started: bool = False
     words: deque[str] = field(default_factory=lambda: deque(maxlen=50))  # the stage's own
@@ -268,7 +282,8 @@ class _Attempt:
 
     def run(self, force: bool, environment: Mapping[str, str], stop: threading.Event, grace: float) -> int:
         """Returns dvc's exit code; raises StoppedError when `grace` is over."""
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", self.stage]
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *([] if self.needs else ["--single-item"])]
+        command += [*(["--force"] if force else []), self.stage]
         # Prefect's context of this process, a control port among it, is not the stage's.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
         # Output goes to a file: were it a pipe and this process killed, the stage would break at its next print,
@@ -280,7 +295,8 @@ class _Attempt:
         with path.open("ab") as sink, path.open("rb") as source:
             source.seek(0, os.SEEK_END)
             process = subprocess.Popen(
-                [*command, "--force"] if force else command,
+                command,
+                cwd=self.root,
                 env={**inherited, "PYTHONUNBUFFERED": "1", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -307,7 +323,10 @@ class _Attempt:
             return process.returncode
 
     def log_file(self) -> Path:
-        return LOGS / f"{re.sub(r'[/:]', '-', self.stage)}.log"
+        """In the main checkout; one of an experiment goes when that is saved."""
+        main, name = main_root(self.root), re.sub(r"[/:]", "-", self.stage)
+        own = "" if self.root.resolve() == main else f"{self.root.resolve().name}-"
+        return main / LOGS / f"{own}{name}.log"
 
     def read(self, lines: Lines, data: bytes, *, final: bool = False) -> None:
         for line, progress in lines.feed(data, time.monotonic(), final=final):

@@ -47,7 +47,20 @@ def load(path: Path = Path("params.yaml")) -> Params:
         InputError: the file is missing or not YAML, or some values are not valid; all mistakes are named at once, but for those
             between sections.
     """
-    params = read(path, Params)
+    return check(_text(path), str(path))
+
+
+def check(text: str, name: str) -> Params:
+    """The parameters in a params.yaml's text.
+
+    Args:
+        text: the file's.
+        name: what an error calls it.
+
+    Raises:
+        InputError: as in `load`.
+    """
+    params = _parsed(text, name, Params)
     params.train.check_rows(params.adapter.state != "none")
     return params
 
@@ -58,22 +71,31 @@ def read(path: Path, schema: type[T]) -> T:
     Raises:
         InputError: as in `load`.
     """
+    return _parsed(_text(path), str(path), schema)
+
+
+def _text(path: Path) -> str:
     try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(
             str(path), "every value of a run is read from it", "run this in the repository's root"
         ) from None
+
+
+def _parsed(text: str, name: str, schema: type[T]) -> T:
+    try:
+        values = YAML(typ="safe").load(text)
     except YAMLError as error:
         where = " ".join(str(error).split())
-        raise InputError(str(path), f"is not YAML: {where}", "correct that place") from None
+        raise InputError(name, f"is not YAML: {where}", "correct that place") from None
     try:
         return schema.model_validate(values if values is not None else {})
     except ValidationError as error:
         mistakes = [_mistake(schema, detail) for detail in error.errors(include_url=False)]
         many = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise InputError(
-            str(path), f"has {many}", "put right:\n" + "\n".join(f"  {mistake}" for mistake in mistakes)
+            name, f"has {many}", "put right:\n" + "\n".join(f"  {mistake}" for mistake in mistakes)
         ) from None
 
 
