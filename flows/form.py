@@ -304,7 +304,7 @@ def _adapter(values: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     sections.sort(key=lambda section: section["title"] != old["kind"])
-    return {"anyOf": sections}
+    return {"anyOf": sections, "description": "A method and its settings."}
 
 
 def _ordered(properties: dict[str, Any]) -> list[tuple[str, Any]]:

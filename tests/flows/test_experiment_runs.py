@@ -25,10 +25,12 @@ def project(prefect_server: str, repository: Path) -> Path:
     params["data"]["source"] = "source.txt"
     with Path("params.yaml").open("w") as sink:
         yaml.dump(params, sink)
-    graph = Path("dvc.yaml").read_text()
-    Path("dvc.yaml").write_text(
-        graph.replace("deps: [outputs/data.txt]", "deps: [outputs/data.txt]\n    params: [train]")
-    )
+    graph = Path("dvc.yaml").read_text().replace("{cache: false}", "{persist: true}")
+    graph = graph.replace("deps: [outputs/data.txt]", "deps: [outputs/data.txt]\n    params: [train]")
+    Path("dvc.yaml").write_text(graph)
+    Path("demo/dvc.yaml").write_text(Path("demo/dvc.yaml").read_text().partition("  unused:")[0])
+    prepare = Path("tasks/prepare.py").read_text()
+    Path("tasks/prepare.py").write_text(prepare.replace("demo/outputs/corpus.txt", "source.txt"))
     Path(".gitignore").write_text(Path(".gitignore").read_text().replace("/behaviour\n", ""))
     code = Path("tasks/train.py").read_text()
     Path("tasks/train.py").write_text(code.replace('+ "train\\n"', '+ Path("params.yaml").read_text()'))
