@@ -101,7 +101,7 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
         form = f"{prefect}/v2/deployments/deployment/{deployment}/run"
 
         page.goto(form)
-        page.get_by_label("Base model (Optional)").click()
+        page.get_by_text("mine/base.pth", exact=True).click()
         page.get_by_text("models/other.pth").wait_for()  # a choice of what is there
         page.keyboard.press("Escape")
         page.get_by_role("tab", name="bone").click()
