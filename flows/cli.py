@@ -1,5 +1,5 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow plan`, `rwkvflow sync`, `rwkvflow merge`,
-`rwkvflow unmerge`, `rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`, `rwkvflow import`.
+"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sweep`, `rwkvflow compare`, `rwkvflow plan`,
+`rwkvflow sync`, `rwkvflow merge`, `rwkvflow unmerge`, `rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`, `rwkvflow import`.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -88,6 +88,30 @@ def deploy(
 
     for name in asyncio.run(deployments.register(root, pool, str(folder or root), retrain_cron)):
         typer.echo(f"{name} is offered through {pool}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="What to try: a YAML file, see docs/experiments.md.")],
+    slots: Annotated[int | None, typer.Option(min=1, help="Arms at a time, instead of the file's.")] = None,
+) -> None:
+    """Try many values, each as a DVC experiment. The same sweep again does what is missing."""
+    from flows import run as runs
+
+    raise typer.Exit(runs.sweep(Path.cwd(), file, slots, typer.echo))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Experiments, revisions, MLflow's run ids, or workspace; the first is the measure."),
+    ],
+) -> None:
+    """Print in what runs differ: params, data, code, metrics."""
+    from flows.compare import compare as differences
+
+    typer.echo(differences(Path.cwd(), runs), nl=False)
 
 
 @app.command()

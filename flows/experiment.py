@@ -65,11 +65,11 @@ def checkout(root: Path, name: str, overrides: Mapping[str, Any], *, begun: str 
         ) from None
     with lock:
         if _is_whole(folder):
-            text = overridden(_git(folder, "show", f"{_AS_BEGUN}:{_PARAMS}"), overrides)
+            text = overridden(text_of(folder, _AS_BEGUN), overrides)
             _git(folder, "update-ref", "-d", _AS_SAVED)
         else:
             begun = begun or snapshot(root)
-            text = overridden(_git(root, "show", f"{begun}:{_PARAMS}"), overrides)  # refused before anything is made
+            text = overridden(text_of(root, begun), overrides)  # refused before anything is made
             _make(root, folder, begun)
         with whole_file(folder / _PARAMS) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -100,6 +100,27 @@ def save(folder: Path, name: str) -> str:
     _git(folder, "update-ref", reference(baseline(folder), name), revision)
     _git(folder, "update-ref", _AS_SAVED, revision)
     return revision
+
+
+def remove(root: Path, name: str) -> None:
+    """Give up the checkout of an experiment, if there is one; what was saved of it stays.
+
+    Raises:
+        InputError: the name is not valid.
+    """
+    folder = main_root(root) / EXPERIMENTS / _checked(root, name)
+    with _worktrees(root):
+        _discard(root, folder)
+
+
+def hold(root: Path, name: str, revision: str) -> None:
+    """Keep git from dropping a revision that no branch has, under a name of ours."""
+    _git(root, "update-ref", f"refs/rwkvflow/{name}", revision)
+
+
+def text_of(root: Path, revision: str) -> str:
+    """The params.yaml of a revision."""
+    return _git(root, "show", f"{revision}:{_PARAMS}")
 
 
 def baseline(folder: Path) -> str:

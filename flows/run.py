@@ -1,4 +1,4 @@
-"""`rwkvflow run`: the pipeline flow where a Prefect server answers, plain DVC where none does."""
+"""`rwkvflow run` and `rwkvflow sweep`: flows where a Prefect server answers, plain DVC where none does."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flows.environment import MLFLOW, PREFECT_API, set_defaults
@@ -26,14 +27,65 @@ def run(root: Path, targets: Sequence[str], *, force: bool, say: Callable[[str],
         0 done, 1 failed, 130 stopped.
     """
     set_defaults(root)
-    api = os.environ.get("PREFECT_API_URL") or PREFECT_API
-    if not answers(api):
-        say(f"No Prefect server answers at {api}: running plain `dvc repro`.")
+    if not _served():
+        say(f"No Prefect server answers at {_api()}: running plain `dvc repro`.")
         return _with_dvc(targets, force=force)
-    os.environ["PREFECT_API_URL"] = api
+    return _with_prefect(targets, force=force)
+
+
+def sweep(root: Path, file: Path, slots: int | None, say: Callable[[str], None]) -> int:
+    """Run the sweep in a file: shown in Prefect where a server answers.
+
+    Returns:
+        0 done, 1 all arms failed or what they need can't be made, 130 stopped.
+
+    Raises:
+        InputError: the file or a value is not valid.
+    """
+    from flows import arms, graph
+
+    set_defaults(root)
+    space = arms.read(file)
+    if slots is not None:
+        space = space.model_copy(update={"slots": slots})
+    if _served():
+        from flows.sweep import sweep as flow  # imports Prefect, which reads the environment set above
+
+        ended = flow(space, return_state=True)
+        if ended.is_cancelled():
+            return STOPPED
+        say(ended.message or "")
+        return 0 if ended.is_completed() else 1
+    from flows.pareto import publish
+
+    say(f"No Prefect server answers at {_api()}: the arms run without.")
+    with stop_on_signal() as asked, arms.State(root, space) as state, ThreadPoolExecutor(space.slots) as executor:
+        try:
+            told = arms.run(state, arms.beside(executor, say), say, asked.is_set, asked)
+        except (arms.Stopped, graph.StoppedError) as stopped:
+            say(str(stopped))
+            return STOPPED
+        except graph.StageError as failure:
+            say(str(failure))
+            return 1
+        table, chart = publish(root, state, told)
+    say(table.read_text(encoding="utf-8"))
+    say(f"{table}\n{chart}")
+    return 1 if all(t.failed for t in told) else 0
+
+
+def _served() -> bool:
+    """Whether a Prefect server answers; then the environment names it, and MLflow's, if that does too."""
+    if not answers(_api()):
+        return False
+    os.environ["PREFECT_API_URL"] = _api()
     if "MLFLOW_TRACKING_URI" not in os.environ and answers(MLFLOW):
         os.environ["MLFLOW_TRACKING_URI"] = MLFLOW
-    return _with_prefect(targets, force=force)
+    return True
+
+
+def _api() -> str:
+    return os.environ.get("PREFECT_API_URL") or PREFECT_API
 
 
 def _with_prefect(targets: Sequence[str], *, force: bool) -> int:

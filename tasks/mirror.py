@@ -77,6 +77,7 @@ def tags(record: RunRecord) -> dict[str, str]:
         "incident": ", ".join(record.incidents) or None,
         "dvc.experiment": record.dvc_experiment.get("name"),
         "dvc.baseline": record.dvc_experiment.get("baseline"),
+        "rwkvflow.sweep": record.sweep.get("name"),
         "prefect.flow_run": record.prefect.get("flow_run"),
         "prefect.flow_run_name": record.prefect.get("flow_run_name"),
         # MLflow's own names: the UI's columns "Source" and "Version" show these

@@ -162,12 +162,29 @@ class Server:
             record: the run's.
             curve: where its curves will come from, "live" or "tables".
         """
+        tags = {**mirror.tags(record), CURVE_TAG: curve, "mlflow.user": _user()}
+        if record.sweep.get("id"):
+            tags["mlflow.parentRunId"] = self.sweep(str(record.sweep["id"]), str(record.sweep["name"])).info.run_id
         return self._client.create_run(
             self._experiment(),
             start_time=int(record.started * 1000),
-            tags={**mirror.tags(record), CURVE_TAG: curve, "mlflow.user": _user()},
+            tags=tags,
             run_name=mirror.name(record),
         )
+
+    def sweep(self, key: str, name: str) -> "Run":
+        """The run that a sweep's arms are nested under, found or made.
+
+        Args:
+            key: the sweep's id.
+            name: what people call it.
+        """
+        with FileLock(self._main / f".rwkvflow/sweeps/{name}/mlflow.lock", timeout=60):  # its arms begin at once
+            found = self._client.search_runs([self._experiment()], f"tags.`{mirror.RUN_TAG}` = '{key}'", max_results=1)
+            if found:
+                return found[0]
+            tags = {mirror.RUN_TAG: key, "rwkvflow.sweep": name, "mlflow.user": _user()}
+            return self._client.create_run(self._experiment(), tags=tags, run_name=name)
 
     def restore(self, run: "Run") -> None:
         """Take back a deletion."""

@@ -19,6 +19,9 @@ from rwkv_core.files import whole_file
 FILE = "run.json"
 """Name of the record in a run folder, and in outputs/train."""
 
+SWEEP, SWEEP_NAME = "RWKVFLOW_SWEEP", "RWKVFLOW_SWEEP_NAME"
+"""Environment variables that tell a stage which sweep it is run for."""
+
 Status = Literal["running", "finished", "failed", "killed"]
 
 _PACKAGES = ("rwkv-flow", "torch", "pytorch-lightning", "triton", "deepspeed", "bitsandbytes", "numpy", "dvc", "mlflow")
@@ -64,6 +67,9 @@ class RunRecord(BaseModel):
 
     dvc_experiment: dict[str, str | None]
     """name and baseline of the DVC experiment; each None outside one."""
+
+    sweep: dict[str, str | None] = {}
+    """id and name of the sweep that it is an arm of; each None outside one."""
 
     prefect: dict[str, str | None]
     """flow_run and flow_run_name; each None outside a flow."""
@@ -129,10 +135,11 @@ class RunRecord(BaseModel):
 
 
 def circumstances(root: Path) -> dict[str, Any]:
-    """Who and where: git, dvc_experiment, prefect, versions and host, as fields of a `RunRecord`."""
+    """Who and where: git, dvc_experiment, sweep, prefect, versions and host, as fields of a `RunRecord`."""
     return {
         "git": _git_facts(root),
         "dvc_experiment": {"name": _variable("DVC_EXP_NAME"), "baseline": _variable("DVC_EXP_BASELINE_REV")},
+        "sweep": {"id": _variable(SWEEP), "name": _variable(SWEEP_NAME)},
         "prefect": {"flow_run": _variable("RWKVFLOW_FLOW_RUN"), "flow_run_name": _variable("RWKVFLOW_FLOW_RUN_NAME")},
         "versions": _versions(),
         "host": _host(),

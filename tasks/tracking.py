@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import Interrupted, Problem, WorldError
+from rwkv_core.files import sha256
 from tasks import mirror, stage
 from tasks.mlflow_run import CURVE_TAG, MIRROR_TAG, Ledger, Server, import_mlflow, peek, without_password
 from tasks.record import FILE, RunRecord, Status, main_root
@@ -206,6 +207,31 @@ def publish(root: Path, tracking: TrackingConfig) -> None:
             view.folder(folder)
     except Exception as error:  # MLflow is a view: no trouble with it may fail a stage
         warn(where, _trouble(error))
+
+
+def publish_sweep(
+    root: Path, tracking: TrackingConfig, key: str, name: str, numbers: dict[str, float], files: list[Path], note: str
+) -> None:
+    """Let the run that a sweep's arms are nested under say what came of it. Failing is a warning.
+
+    Args:
+        root: the checkout.
+        tracking: names in MLflow.
+        key: the sweep's id.
+        name: what people call it.
+        numbers: metrics by name.
+        files: stored as artifacts.
+        note: for a person to read, in markdown.
+    """
+    try:
+        server = Server(uri(root), main_root(root), tracking)
+        run = server.sweep(key, name)
+        server.put_numbers(run, numbers)
+        server.put_files(run, {file.name: (file, sha256(file)) for file in files})
+        server.put_note(run, note)
+        server.put_status(run, "finished", None)
+    except Exception as error:
+        warn(uri(root), _trouble(error))
 
 
 class _Publisher:

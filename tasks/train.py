@@ -160,18 +160,27 @@ def train() -> None:
         with whole_file(stage.TRAIN / "metrics.json") as temporary:
             write_json(temporary, _metrics(result, lessons.left_out, predicted))
     record = RunRecord.read(folder)
-    record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds}).write(stage.TRAIN)
+    record = record.model_copy(update={"seconds_trained": record.seconds_trained + result.seconds})
+    if result.halted:
+        record.write(folder)  # it is continued, another time
+    record.write(stage.TRAIN)
     tracking.publish(Path.cwd(), params.tracking)
-    for file in (guards.INCIDENTS, SAMPLES):  # of this training; another in this folder has its own
-        (folder / file).unlink(missing_ok=True)
-    shutil.rmtree(folder / saves.FOLDER, ignore_errors=True)
-    checkpoints.forget(folder)  # last of all: killed before this, the stage has nothing to learn again
+    if not result.halted:
+        _clear(folder)
     planned = f"{predicted.allocated / 1e6:.0f} MB" if predicted else "nothing"
     print(f"peak memory {result.peak_memory_mb:.0f} MB, planned {planned}")
     chosen = "" if result.best is None else f", the best of {result.steps}"
     print(
         f"held-out loss {result.history['valid'][result.step]['loss']:.4f} after {result.step} steps{chosen}; run {record.id}"
     )
+
+
+def _clear(folder: Path) -> None:
+    """Remove from a run's folder what only a run that goes on needs."""
+    for file in (guards.INCIDENTS, SAMPLES):  # of this training; another in this folder has its own
+        (folder / file).unlink(missing_ok=True)
+    shutil.rmtree(folder / saves.FOLDER, ignore_errors=True)
+    checkpoints.forget(folder)  # last of all: killed before this, the stage has nothing to learn again
 
 
 @contextlib.contextmanager
@@ -199,12 +208,14 @@ def _check_place(load: Path | None) -> None:
 def run_digest(
     params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part], world: int
 ) -> str:
-    """Name of a run: everything that its result depends on; not checkpoint_every, attempts and memory, nor what files are
-    called.
+    """Name of a run: everything that its result depends on; not halt, checkpoint_every, attempts and memory, nor what
+    files are called.
     """
     shaping = params.model_dump(mode="json", include={"seed", "adapter", "train"})
     shaping["adapter"] |= {name: digest for name, digest in loaded.items() if name in shaping["adapter"]}
-    del shaping["train"]["checkpoint_every"], shaping["train"]["memory"], shaping["train"]["guards"]["attempts"]
+    for name in ("halt", "checkpoint_every", "memory"):
+        del shaping["train"][name]
+    del shaping["train"]["guards"]["attempts"]
     data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
     text = json.dumps([shaping, params.model.how(), base_sha256, data, parts, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -223,7 +234,8 @@ def _record(
         Path.cwd(),
         digest=digest,
         started=time.time(),
-        params=params.model_dump(mode="json"),
+        # how far it is to go for now is no fact of a run that may go on
+        params=params.model_dump(mode="json", exclude={"train": {"halt"}}),
         base={"path": str(params.model.base), "sha256": base_sha256, **shape},
         data={name: manifest["source"][name] for name in ("path", "sha256", "rows")}
         | {side: manifest[side]["tokens"] for side in ("train", "valid")},

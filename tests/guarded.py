@@ -60,7 +60,7 @@ class Stop(BaseException):
 
 def train(
     place, config, *, base="sound.pth", data="train", folder="run", adapter=LORA,
-    change=lambda model: None, log=None, groups=None, tokenizer=None,
+    change=lambda model: None, log=None, groups=None, tokenizer=None, keep=None,
 ):  # fmt: skip
     model = models.load(place / base)
     attach(model, adapter, seed=3)
@@ -78,6 +78,7 @@ def train(
         folder=place / folder,
         log=log or (lambda step, metrics: None),
         tokenizer=tokenizer,
+        keep=keep,
         made_from={
             "adapter": adapter.model_dump(mode="json"),
             "base": str(place / base),

@@ -20,6 +20,7 @@ SETTINGS = {
         "not_finite": "ignore", "spike": "ignore", "spike_z": 8.0, "blow_up": "ignore", "blow_up_times": 20.0, "window": 8,
         "dead_adapter": "ignore", "dead_every": 2, "out_of_memory": "stop", "attempts": 3,
     },
+    "halt": None,
     "stop_early": None,
     "samples": None,
 }  # fmt: skip

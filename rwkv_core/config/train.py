@@ -348,6 +348,10 @@ class TrainConfig(Config):
 
     guards: GuardsConfig
 
+    halt: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps after which to end for now, at a measurement: a multiple of validate_every. All else is as in
+    the whole run, and with a later one, or null, it goes on from there. null: never."""
+
     stop_early: StopEarlyConfig | None
     """End the run when the held-out loss falls no more; null: never."""
 
@@ -361,6 +365,15 @@ class TrainConfig(Config):
             shown = ", ".join(f"{name} {'null' if end is None else end}" for name, end in ends.items())
             raise ValueError(
                 f"one of epochs, steps and tokens says when to stop, and the others are null; here: {shown}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _halt_measures_nothing_more(self) -> Self:
+        if self.halt is not None and self.halt % self.validate_every:
+            raise ValueError(
+                f"halt = {self.halt} is no multiple of validate_every = {self.validate_every}: a run that goes on has the "
+                "measurements of one that never halted"
             )
         return self
 

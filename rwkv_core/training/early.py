@@ -1,4 +1,4 @@
-"""A run ends when the held-out loss falls no more."""
+"""A run ends when the held-out loss falls no more, or halts, to go on another time."""
 
 import math
 from collections.abc import Mapping
@@ -29,14 +29,22 @@ def is_over(history: Mapping[str, History], done: int, steps: int, config: StopE
 
 
 class StopEarly(StepCallback):
-    """Asks Lightning to end after the step, once it is measured and before it is saved."""
+    """Asks Lightning to end after the step, once it is measured and before it is saved.
 
-    def __init__(self, config: StopEarlyConfig | None) -> None:
-        self._config = config
+    Args:
+        config: when the run is over.
+        halt: steps after which it ends for now.
+    """
+
+    def __init__(self, config: StopEarlyConfig | None, halt: int | None) -> None:
+        self._config, self._halt = config, halt
 
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """Look at what was measured, if this step was."""
         valid = training.history["valid"]
         if step in valid and has_settled(valid, self._config):
             print(f"the held-out loss falls no more: the run ends after step {step}", flush=True)
+            trainer.should_stop = training.ended = True
+        elif step == self._halt:
+            print(f"the run halts after step {step}", flush=True)
             trainer.should_stop = True

@@ -52,6 +52,8 @@ class Result(NamedTuple):
     """The adapter that the run results in, where it is not that of the last step, which is in the model."""
     step: int
     """Steps that were done when the run was what it results in."""
+    halted: bool
+    """It is not over: with a later config.halt it goes on."""
     incidents: list[Incident]
     """What should not have been, and what was done about it; of all of the run."""
 
@@ -160,6 +162,10 @@ def _attempt(
         flush=True,
     )
     last, done = latest(folder)
+    if config.halt is not None and done > config.halt:
+        raise InputError(
+            f"train.halt = {config.halt}", f"the run has gone on until step {done}", "set a later one, or null"
+        )
     guards.begin(batches, done)
     # what the callbacks need is refused before anything starts
     samples = [_samples(config, tokenizer, folder, batches.steps, seed)] if config.samples is not None else []
@@ -170,7 +176,7 @@ def _attempt(
             Listener(checkpoints.ask),
             guards,
             recorder,
-            StopEarly(config.stop_early),
+            StopEarly(config.stop_early, config.halt),
             *samples,
         ]
         if here.rank == 0:
@@ -181,8 +187,8 @@ def _attempt(
     saved = torch.load(summary(last), weights_only=True, mmap=True) if last is not None else None
     if saved is not None and not done:  # this process may have gone further, and come back
         training.load_state_dict(saved["state_dict"], strict=False)
-    if saved is not None and is_over(saved["history"], done, batches.steps, config.stop_early):
-        # killed after the last step: nothing is left to do but to take what it learned
+    if saved is not None and (done == config.halt or is_over(saved["history"], done, batches.steps, config.stop_early)):
+        # it halted here, or was killed after the last step: nothing is left to do but to take what it learned
         training.load_state_dict(saved["state_dict"], strict=False)
         training.on_load_checkpoint(saved)
     else:
@@ -198,6 +204,7 @@ def _attempt(
             trainer.fit(training, loader, ckpt_path=last if done else None, weights_only=True if done else None)
     steps, measurements = max(training.history["train"]), training.history["valid"]
     step = plan.result(steps, measurements)
+    halted = not is_over(training.history, steps, batches.steps, config.stop_early)
     return Result(
         training.history,
         steps,
@@ -207,9 +214,10 @@ def _attempt(
         recorder.tokens / recorder.seconds if recorder.seconds else 0.0,
         peak_memory_mb(),
         whole.epochs * steps / batches.steps,
-        saves.paths(folder, plan, steps, measurements),
+        saves.paths(folder, plan, steps, measurements, ended=not halted),
         folder / saves.FOLDER / saves.name(step) if step != steps else None,
         step,
+        halted,
         guards.incidents,
     )
 

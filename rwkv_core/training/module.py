@@ -92,6 +92,8 @@ class Training(pl.LightningModule):
         self.history: dict[str, History] = {"train": {}, "valid": {}}
         self.grad_norm = 0.0
         self.step_loss = 0.0
+        self.ended = False
+        """The run is over, at this step, before its last; one that halts is not."""
         self.step_learned = self.step_tokens = 0
         """Tokens of the step: learned; read, learned or not."""
         self._lanes = Lanes()

@@ -35,7 +35,7 @@ class Samples(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, training: Training, step: int) -> None:
         """It is time, or the run ends."""
-        if step % self._config.every == 0 or step == self._steps or trainer.should_stop:
+        if step % self._config.every == 0 or step == self._steps or training.ended:
             self._continue(trainer, training, step)
 
     def _continue(self, trainer: pl.Trainer, training: Training, step: int) -> None:

@@ -106,7 +106,7 @@ class Saves(StepCallback):
         valid = training.history["valid"]
         if not self._plan.concerns(step, valid):
             return
-        ended = step == self._steps or trainer.should_stop
+        ended = step == self._steps or training.ended
         needed = self._plan.needed(step, valid, ended=ended)
         if step in needed:
             self._write(self._path(step), None if ended else step)
@@ -140,6 +140,6 @@ def check(config: SavesConfig, keep: Keep | None) -> None:
         raise InputError("train.saves", "this training leaves no adapters", "set all of it to null, 0 and last")
 
 
-def paths(folder: Path, plan: Plan, steps: int, valid: History) -> Mapping[int, Path]:
-    """The files of the adapters kept of a finished run whose folder this is, by step."""
-    return {step: folder / FOLDER / name(step) for step in sorted(plan.kept(steps, valid, ended=True))}
+def paths(folder: Path, plan: Plan, steps: int, valid: History, *, ended: bool) -> Mapping[int, Path]:
+    """The files of the adapters kept of a run that ended or halted, whose folder this is, by step."""
+    return {step: folder / FOLDER / name(step) for step in sorted(plan.kept(steps, valid, ended=ended))}

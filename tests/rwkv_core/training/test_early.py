@@ -5,6 +5,7 @@ import torch
 from guarded import Stop, bits, equal, lay, settings, train
 
 from rwkv_core.config import StopEarlyConfig
+from rwkv_core.errors import InputError
 from rwkv_core.training.early import has_settled, is_over
 
 TWO = StopEarlyConfig(patience=2, min_gain=0.1)
@@ -69,3 +70,42 @@ def test_a_run_ends_early_and_ends_there_again(place):
 def test_one_that_gains_goes_on_to_its_end(place):
     _, result = train(place, settings(steps=9, stop_early={"patience": 3, "min_gain": 0.0}))
     assert result.steps == 9
+
+
+def test_a_run_that_halts_goes_on_without_a_seam(place):
+    own = {"validate_every": 2, "checkpoint_every": 3, "saves": {"every": 3, "keep_best": 1, "result": "best"}}
+    long = {"steps": 10, **own, "optimizer": {"lr": 0.02, "lr_final": 0.001, "schedule": "cosine"}}
+    kept = place / "run" / "saves"
+
+    def keep(path, step=None):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(str(step))
+
+    whole, result = train(place, settings(**long), folder="whole", keep=keep)
+    assert not result.halted
+    for halt in (4, 4, 8):
+        _, other = train(place, settings(**long, halt=halt), keep=keep)
+        assert other.halted
+        assert other.steps == halt
+        assert max(other.history["valid"]) == halt
+        assert other.history["train"] == {n: row for n, row in result.history["train"].items() if n <= halt}
+        assert all(path.exists() for path in (*other.kept.values(), other.best or kept))
+    with pytest.raises(InputError, match=r"train\.halt = 6: the run has gone on until step 8; set a later one"):
+        train(place, settings(**long, halt=6), keep=keep)
+    again, last = train(place, settings(**long), keep=keep)
+    assert (last.resumed_at, last.halted) == (8, False)
+    assert equal(bits(again), bits(whole))
+    assert last.history == result.history
+    assert {path.name: path.read_text() for path in kept.iterdir()} == {
+        path.name: path.read_text() for path in (place / "whole" / "saves").iterdir()
+    }
+
+
+def test_a_halt_at_the_end_is_the_end(place):
+    _, result = train(place, settings(steps=4, validate_every=2, halt=4))
+    assert (result.steps, result.halted) == (4, False)
+
+
+def test_a_halt_between_two_measurements_is_refused():
+    with pytest.raises(ValueError, match="halt = 3 is no multiple of validate_every = 2"):
+        settings(steps=4, validate_every=2, halt=3)

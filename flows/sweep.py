@@ -1,0 +1,110 @@
+"""A sweep as a Prefect flow: a task for each arm, the table and the chart as artifacts."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State as FlowState
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import arms, graph
+from flows.arms import Sweep, Told
+from flows.pareto import publish
+from rwkv_core.errors import Problem
+from tasks.stage import NESTED
+
+_WATCH = 2.0  # seconds between two looks whether a flow run was cancelled
+
+
+@task(name="arm", cache_policy=NO_CACHE, persist_result=False)
+def _arm(job: arms.Job) -> FlowState[object]:
+    log = get_run_logger().info
+    try:
+        failure = job.run(log)
+    except graph.StoppedError as stopped:
+        return Cancelled(message=str(stopped))
+    return Failed(message=failure) if failure else Completed(message=job.arm.name)
+
+
+@flow(name="sweep", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]
+def sweep(space: Sweep) -> FlowState[object]:
+    """Try many values, each as a DVC experiment; the same sweep again does what is missing.
+
+    Args:
+        space: Which values to try, and how.
+    """
+    root, stop = Path.cwd(), threading.Event()
+    log = get_run_logger().info
+    inherited = {"PREFECT_LOGGING_TO_API_ENABLED": "false", NESTED: str(runtime.flow_run.id)}
+
+    def start(job: arms.Job) -> None:
+        _arm.with_options(task_run_name=f"{job.arm.name} {job.halt or 'to the end'}").submit(job)
+
+    try:
+        with _variables(inherited), arms.State(root, space) as state:
+            told = arms.run(state, start, log, _Watch(watch=runtime.deployment.id is None), stop)
+            table, chart = publish(root, state, told)
+    except (KeyboardInterrupt, TerminationSignal):
+        stop.set()
+        if runtime.deployment.id is not None:
+            raise  # the runner sent the signal, and records how the run ended
+        return Cancelled(message="stopped by a signal; what ran saves its work")
+    except arms.Stopped as stopped:
+        return Cancelled(message=str(stopped))
+    except (Problem, graph.StageError) as problem:
+        return Failed(message=str(problem))
+    create_markdown_artifact(table.read_text(encoding="utf-8"), key="sweep-table", description=f"Sweep {space.name}")
+    create_image_artifact(
+        chart.as_uri(), key="sweep-pareto", description=f"Sweep {space.name}: loss against what it takes"
+    )
+    return _conclusion(told)
+
+
+class _Watch:
+    """Whether a flow run is to be cancelled: one that a person started has no runner to tell it."""
+
+    def __init__(self, *, watch: bool) -> None:
+        self._watch, self._looked = watch, 0.0
+
+    def __call__(self) -> bool:
+        if not self._watch or time.monotonic() < self._looked + _WATCH:
+            return False
+        self._looked = time.monotonic()
+        with (
+            contextlib.suppress(Exception),
+            get_client(sync_client=True) as client,
+        ):  # a server may be away for a moment
+            state = client.read_flow_run(runtime.flow_run.id).state
+            return state is not None and (state.is_cancelling() or state.is_cancelled())
+        return False
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _conclusion(told: Sequence[Told]) -> FlowState[object]:
+    failed = [t for t in told if t.failed]
+    if len(failed) == len(told):
+        return Failed(message=f"all {len(told)} arms failed, the first so: {failed[0].failed}")
+    best = told[0].result
+    loss = f"the best has a held-out loss of {best.loss:.4f}" if best else ""
+    return Completed(message=f"{len(told)} arms, {len(failed)} of them failed; {loss}")
