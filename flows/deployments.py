@@ -30,6 +30,7 @@ from prefect.types.entrypoint import EntrypointType
 from flows import form
 from flows.pipeline import evaluate_only, pipeline
 from flows.retrain import retrain
+from flows.sweep import sweep
 from rwkv_core.errors import InputError
 
 NAME = "local"
@@ -52,6 +53,7 @@ def _all() -> list[_Deployment]:
         _Deployment(pipeline, "Train, judge and export a model: the DVC pipeline.", form.TRAINING),
         _Deployment(retrain, "The pipeline, if the data is other than it was the last time."),
         _Deployment(evaluate_only, "Judge the model there is; nothing is trained.", form.EVALUATION),
+        _Deployment(sweep, "Try many values, each as a DVC experiment."),
     ]
 
 

@@ -117,8 +117,9 @@ def parameters(flow: Mapping[str, Any], root: Path, titles: Mapping[str, str] | 
         if name == "settings" and titles is not None:
             properties[name] = schema(root, titles) | {"position": field["position"]}
             continue
-        choices = _choices(field, dict(flow))
-        plain = {key: value for key, value in field.items() if key not in ("anyOf", "default")} | choices[0]
+        choices = [choice for choice in field.get("anyOf", [field]) if choice.get("type") != "null"]
+        plain = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
+        plain |= choices[0] if len(choices) == 1 else {"anyOf": choices}
         title = {"title": name.replace("_", " ").capitalize()}
         properties[name] = _with_default(plain, field.get("default")) | title
     return {**flow, "properties": properties}
@@ -142,11 +143,31 @@ def overrides(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     for name, value in given.items():
         if value == _at(values, name):
             continue
-        if name == "adapter":
-            changed[name] = {key: _confined(f"adapter.{key}", inner, root) for key, inner in value.items()}
-        else:
-            changed[name] = _confined(name, value, root)
+        changed[name] = confined(name, value, root)
     return changed
+
+
+def confined(name: str, value: Any, root: Path) -> Any:
+    """The value of a setting that a form asks for; of a path, that from `root`.
+
+    Raises:
+        InputError: there is no such setting, or its path leads out of `root`.
+    """
+    field = _field(name)
+    if isinstance(value, Mapping) and (name == "adapter" or "properties" in field):  # a whole section
+        return {key: confined(f"{name}.{key}", inner, root) for key, inner in value.items()}
+    tokenizer = name == "data.tokenizer" and value not in _BUILT_IN_TOKENIZERS
+    if value is None or not (tokenizer or field.get("format") == "path"):
+        return value
+    home = root.resolve()
+    path = (home / str(value)).resolve()  # through links and ..
+    if not path.is_relative_to(home):
+        raise InputError(
+            f"{name} = {value}",
+            f"must be inside the project, {home}, but is {path}",
+            "put the file into the project; only params.yaml may name files elsewhere",
+        )
+    return path.relative_to(home).as_posix()
 
 
 def experiment_name(run_name: str, run_id: str) -> str:
@@ -180,23 +201,6 @@ def _name_and_value(text: str) -> tuple[str, Any]:
         return name.strip(), YAML(typ="safe").load(value)
     except YAMLError:
         raise InputError(text, "must be a setting and its value", "write train.saves.keep_best=3") from None
-
-
-def _confined(name: str, value: Any, root: Path) -> Any:
-    """The value; of a path, that from `root`, if it stays inside."""
-    field = _field(name)
-    tokenizer = name == "data.tokenizer" and value not in _BUILT_IN_TOKENIZERS
-    if value is None or not (tokenizer or field.get("format") == "path"):
-        return value
-    home = root.resolve()
-    path = (home / str(value)).resolve()  # through links and ..
-    if not path.is_relative_to(home):
-        raise InputError(
-            f"{name} = {value}",
-            f"must be inside the project, {home}, but is {path}",
-            "put the file into the project; only params.yaml may name files elsewhere",
-        )
-    return path.relative_to(home).as_posix()
 
 
 def _values(root: Path) -> dict[str, Any]:

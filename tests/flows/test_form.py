@@ -176,6 +176,23 @@ def test_a_path_that_leads_out_is_refused(project: Path, name: str, path: str):
             form.overrides({name: path}, project)
 
 
+def test_a_sweep_s_paths_are_confined_too(project: Path):
+    from flows.arms import Range
+    from flows.sweep import Sweep, _confine
+
+    outside = "../secret.jsonl"
+    _confine(Sweep(name="s", grid={"data.source": ["a.jsonl"], "adapter.rank": [1, 2]}), project)
+    for change in (
+        {"grid": {"data.source": ["a.jsonl", outside]}},
+        {"fixed": {"model.base": outside}},
+        {"fixed": {"adapter": {"kind": "bone", "load": outside}}},
+        {"fixed": {"model": {"base": outside}}},
+        {"random": {"count": 1, "seed": 0, "space": {"data.source": Range(choices=[outside])}}},
+    ):
+        with pytest.raises(InputError, match="must be inside the project"):
+            _confine(Sweep.model_validate({"name": "s", "grid": {"seed": [1]}} | change), project)
+
+
 def test_a_path_inside_is_one_from_the_project(project: Path):
     (project / "data").mkdir()
     assert form.overrides({"data.source": str(project / "data/x.jsonl")}, project) == {"data.source": "data/x.jsonl"}
