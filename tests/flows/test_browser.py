@@ -18,7 +18,8 @@ from project import Project, make, write_base
 from servers import call, started
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE = 240_000  # milliseconds: what is waited for comes, however slow the machine is
+UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING")
+PATIENCE = 600_000  # milliseconds: what is waited for comes, however slow the machine is
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")]
 
@@ -111,7 +112,10 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
         fill(page, form, "Long Context", Context_length="48", rank="3")
         whole(page, pictures / "form-filled.png")
         first = submit(page)
-        page.get_by_text("kept as DVC experiment").wait_for()
+        wait_until(lambda: call(f"{api}/flow_runs/{first}")["state"]["type"] not in UNDER_WAY, PATIENCE / 1000)
+        state = call(f"{api}/flow_runs/{first}")["state"]
+        assert "kept as DVC experiment long-context-" in state["message"]
+        page.get_by_text("Completed", exact=True).first.wait_for()  # the page has followed it
         page.screenshot(path=pictures / "finished.png")
         (artifact,) = call(f"{api}/artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})
         page.goto(f"{prefect}/v2/artifacts/artifact/{artifact['id']}")
