@@ -88,17 +88,16 @@ def pipeline(
 
 
 @flow(name="evaluate-only", task_runner=ONE_AT_A_TIME, persist_result=False)
-def evaluate_only(settings: dict[str, Any] | None = None, force: bool = False) -> State[object]:
+def evaluate_only(settings: dict[str, Any] | None = None) -> State[object]:
     """Judge the model there is, and never train: a run whose adapter would have to be trained again fails, and says why.
 
     Args:
         settings: Settings otherwise than in params.yaml, by dotted names; the run is then a DVC experiment.
-        force: Judge it even if nothing has changed.
     """
-    return apart(settings, lambda name: _evaluate(force, name))
+    return apart(settings, _evaluate)
 
 
-def _evaluate(force: bool, name: str | None) -> State[object]:
+def _evaluate(name: str | None) -> State[object]:
     try:
         stale = graph.stale([stage.name for stage in graph.plan([RESUMES])])
     except Problem as problem:
@@ -108,7 +107,7 @@ def _evaluate(force: bool, name: str | None) -> State[object]:
         return Failed(
             message=f"it would have to be trained first, for something has changed; run the pipeline. {changes}"
         )
-    return bring_up_to_date([JUDGES], force=force, retries=0, experiment=name)
+    return bring_up_to_date([JUDGES], force=False, retries=0, experiment=name)
 
 
 def apart(settings: Mapping[str, Any] | None, work: Callable[[str | None], State[object]]) -> State[object]:

@@ -196,7 +196,7 @@ def test_judging_alone_never_trains(project: Path):
     assert Path("outputs/model.txt").exists()
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace("epochs: 2\n", "epochs: 3\n"))
-    state = evaluate_only(force=True)
+    state = evaluate_only()
     assert state.is_failed()
     assert "would have to be trained first" in state.message
     assert "train: params.yaml train modified" in state.message
