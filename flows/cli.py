@@ -26,6 +26,10 @@ def rwkvflow() -> None:
 def up(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Where Prefect listens.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Where MLflow listens.")] = 5000,
+    retrain_cron: Annotated[
+        str | None,
+        typer.Option(help="When to retrain on new data: '0 3 * * *'. If none: as the schedule is in the UI."),
+    ] = None,
 ) -> None:
     """Start Prefect, MLflow and the deployments on this machine; Ctrl+C stops them."""
     from rich.console import Console
@@ -47,7 +51,7 @@ def up(
         console.print(Panel(lines, title="rwkvflow", subtitle="Ctrl+C stops everything", expand=False))
 
     console.print("Starting Prefect and MLflow; the first time takes up to a minute …")
-    servers.up(root, prefect_port, mlflow_port, announce)
+    servers.up(root, prefect_port, mlflow_port, announce, retrain_cron)
     console.print("Stopped.")
 
 
@@ -60,6 +64,30 @@ def run(
     from flows import run as runs
 
     raise typer.Exit(runs.run(Path.cwd(), targets or [], force=force, say=typer.echo))
+
+
+@app.command()
+def deploy(
+    pool: Annotated[str, typer.Option(help="The work pool; deploy/ has templates to make one.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where its workers have a checkout. If none: where this one is.")
+    ] = None,
+    retrain_cron: Annotated[
+        str | None,
+        typer.Option(help="When to retrain on new data: '0 3 * * *'. If none: as the schedule is in the UI."),
+    ] = None,
+) -> None:
+    """Offer the deployments on any Prefect server, PREFECT_API_URL's, through a work pool, for workers to run."""
+    import asyncio
+
+    from flows.environment import set_defaults
+
+    root = Path.cwd()
+    set_defaults(root)
+    from flows import deployments  # imports Prefect, which reads the environment set above
+
+    for name in asyncio.run(deployments.register(root, pool, str(folder or root), retrain_cron)):
+        typer.echo(f"{name} is offered through {pool}")
 
 
 @app.command()

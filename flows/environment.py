@@ -20,6 +20,7 @@ def defaults(root: Path) -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",  # a server of its own costs each process 10 s and more
         "PREFECT_HOME": str(main_root(root) / ".rwkvflow/prefect"),
         "PREFECT_CLI_PROMPT": "false",

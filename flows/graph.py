@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,7 +20,7 @@ import psutil
 
 from flows.environment import LOGS
 from flows.lines import Lines
-from rwkv_core.errors import InputError
+from rwkv_core.errors import InputError, WorldError
 from tasks.record import main_root
 
 PATIENCE = 900.0
@@ -125,6 +125,97 @@ def _name(stage: Any, root: Path) -> str:
     """DVC's name of a stage as seen from `root`; its own is as seen from the current folder."""
     file = os.path.relpath(stage.path, root)
     return stage.name if file == "dvc.yaml" else f"{file}:{stage.name}" if hasattr(stage, "name") else file
+
+
+def stale(stages: Sequence[str]) -> dict[str, list[str]]:
+    """Those of these stages that `dvc repro` would run, and what has changed of each.
+
+    Outputs that are missing here are taken from DVC's cache first.
+
+    Raises:
+        InputError: DVC can't tell.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            with suppress(DvcException):  # an output that was changed by hand stays, and is told
+                repo.checkout(targets=list(stages), allow_missing=True)
+            found: dict[str, list[Any]] = repo.status(targets=list(stages))
+    except DvcException as error:
+        rule = f"DVC cannot tell what has changed: {' '.join(str(error).split())}"
+        raise InputError(" ".join(stages), rule, "correct it") from error
+    return {stage: sorted(_leaves(changes)) for stage, changes in found.items()}
+
+
+def _leaves(changes: Any) -> Iterator[str]:
+    """`params.yaml train.epochs modified` of DVC's nested status."""
+    for change in changes if isinstance(changes, list) else [changes]:
+        if isinstance(change, dict):
+            for name, inner in change.items():
+                prefix = "" if name in ("changed deps", "changed outs") else f"{name} "
+                yield from (prefix + leaf for leaf in _leaves(inner))
+        else:
+            yield str(change)
+
+
+def content(path: Path) -> str:
+    """DVC's hash of what a file or folder holds now that some stage depends on.
+
+    Raises:
+        InputError: no stage depends on it, or it is not there.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        for dep in repo.index.deps:
+            if Path(dep.fs_path) == path.absolute():
+                try:
+                    return str(dep.get_hash().value)
+                except (DvcException, OSError) as error:
+                    said = " ".join(str(error).split())
+                    raise InputError(str(path), f"can't be read: {said}", "bring it, or name another") from error
+    raise InputError(str(path), "no stage of dvc.yaml depends on it", "correct data.source")
+
+
+def fetch(path: Path, log: Callable[[str], None]) -> None:
+    """Bring the newest content of a file or folder that DVC tracks by a .dvc file: of an import from where it is from.
+
+    Nothing is done for what no .dvc file tracks, nor for what was added here while no remote is configured.
+
+    Raises:
+        WorldError: DVC did not succeed.
+    """
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        [*trackers] = {
+            out.stage
+            for out in repo.index.outs
+            if path.absolute().is_relative_to(out.fs_path) and out.stage.is_data_source
+        }
+        remote = repo.config["core"].get("remote")
+    for stage in trackers:
+        imported = stage.is_import
+        if not imported and not remote:
+            log(f"{stage.relpath}: no DVC remote is configured; taking {path} as it is")
+            continue
+        command = ["update" if imported else "pull", stage.relpath]
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        for line in said:
+            log(line)
+        if done.returncode != 0:
+            why = next((line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")), "it says nothing")
+            remedy = "put that right, or run it without fetching"
+            raise WorldError(f"dvc {' '.join(command)}", f"did not succeed: {why}", remedy)
 
 
 def reproduce(

@@ -1,7 +1,10 @@
 """The pipeline as a Prefect flow: DVC says what to run and in which order, Prefect shows it, retries it, stops it."""
 
+import os
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 from prefect import Task, flow, get_run_logger, runtime, task
@@ -13,7 +16,8 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import graph, report
+from flows import experiment as experiments
+from flows import form, graph, report
 from rwkv_core.errors import Problem
 from tasks.stage import NESTED
 
@@ -23,14 +27,19 @@ RUN_NAME = "RWKVFLOW_FLOW_RUN_NAME"
 RESUMES = "train"
 """The stage that continues from its last checkpoint; the others are cheap to start again by hand."""
 
+JUDGES = "evaluate"
+"""The stage that `evaluate-only` is for."""
+
 RETRY_DELAY = 2.0
 """Seconds between a crash and the next try."""
 
 RUNNER_GRACE = 25.0
 """Seconds in which a cancelled run of a deployment has to end: Prefect kills it after 30."""
 
+ONE_AT_A_TIME: Any = ThreadPoolTaskRunner(max_workers=1)
+"""As `dvc repro`: two stages may not fit into memory together."""
+
 _CANCEL_POLL = 2.0  # seconds
-_ONE_AT_A_TIME: Any = ThreadPoolTaskRunner(max_workers=1)  # as `dvc repro`: two stages may not fit into memory together
 _Future = PrefectConcurrentFuture[State[object]]
 
 
@@ -63,17 +72,103 @@ def reproduce(stage: str, force: bool, stop: threading.Event, grace: float) -> S
     return Completed(name=outcome.value)
 
 
-@flow(name="pipeline", task_runner=_ONE_AT_A_TIME, persist_result=False)
-def pipeline(targets: list[str] | None = None, force: bool = False, retries: int = 1) -> State[object]:
+@flow(name="pipeline", task_runner=ONE_AT_A_TIME, persist_result=False)
+def pipeline(
+    settings: dict[str, Any] | None = None, targets: list[str] | None = None, force: bool = False, retries: int = 1
+) -> State[object]:
     """Bring every stage up to date, in the order of DVC's graph.
 
     Args:
+        settings: Settings otherwise than in params.yaml, by dotted names; the run is then a DVC experiment.
         targets: Stages to bring up to date, with all that they need. Empty: the whole pipeline.
         force: Run the stages even if nothing has changed.
         retries: How often training that crashed is continued from its last checkpoint.
     """
+    return apart(settings, lambda name: bring_up_to_date(targets or [], force=force, retries=retries, experiment=name))
+
+
+@flow(name="evaluate-only", task_runner=ONE_AT_A_TIME, persist_result=False)
+def evaluate_only(settings: dict[str, Any] | None = None) -> State[object]:
+    """Judge the model there is, and never train: a run whose adapter would have to be trained again fails, and says why.
+
+    Args:
+        settings: Settings otherwise than in params.yaml, by dotted names; the run is then a DVC experiment.
+    """
+    return apart(settings, _evaluate)
+
+
+def _evaluate(name: str | None) -> State[object]:
     try:
-        stages = graph.plan(targets or [])
+        stale = graph.stale([stage.name for stage in graph.plan([RESUMES])])
+    except Problem as problem:
+        return Failed(message=str(problem))
+    if stale:
+        changes = "; ".join(f"{stage}: {', '.join(why)}" for stage, why in stale.items())
+        return Failed(
+            message=f"it would have to be trained first, for something has changed; run the pipeline. {changes}"
+        )
+    return bring_up_to_date([JUDGES], force=False, retries=0, experiment=name)
+
+
+def apart(settings: Mapping[str, Any] | None, work: Callable[[str | None], State[object]]) -> State[object]:
+    """Do the work of the current flow run: in a checkout of its own where settings differ from params.yaml, else here.
+
+    Args:
+        settings: by dotted names, as `flows.form` has them.
+        work: is given the name of the experiment, None where there is none; the current folder is its checkout.
+
+    Returns:
+        The state that `work` returns. If it is completed, the checkout is saved as a DVC experiment.
+    """
+    root = Path.cwd()
+    try:
+        changed = form.overrides(settings or {}, root)
+        if not changed:
+            return work(None)
+        get_run_logger().info("otherwise than in params.yaml: %s", changed)
+        name = form.experiment_name(runtime.flow_run.name, runtime.flow_run.id)
+        with experiments.checkout(root, name, changed) as folder:
+            with _in(folder, experiments.environment(folder, name)):
+                state = work(name)
+            if state.is_completed():
+                experiments.save(folder, name)
+                state.message = f"{state.message}; kept as DVC experiment {name}: dvc exp apply {name}"
+            return state
+    except Problem as problem:
+        return Failed(message=str(problem))
+
+
+@contextmanager
+def _in(folder: Path, variables: Mapping[str, str]) -> Iterator[None]:
+    """The work of this process is done in that folder, with these variables for what it starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    with chdir(folder):
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def bring_up_to_date(
+    targets: Sequence[str], *, force: bool, retries: int, experiment: str | None = None
+) -> State[object]:
+    """Run stages in the current folder, each as a task of the current flow run, and write its report.
+
+    Args:
+        targets: as of `pipeline`.
+        force: run those that nothing has changed for too.
+        retries: of training.
+        experiment: name of the DVC experiment that this folder is the checkout of.
+
+    Returns:
+        The state that the flow run is to end in.
+    """
+    try:
+        stages = graph.plan(targets)
     except Problem as problem:
         return Failed(message=str(problem))
     stop = threading.Event()
@@ -96,7 +191,7 @@ def pipeline(targets: list[str] | None = None, force: bool = False, retries: int
         _stop(futures, stop)
         return Cancelled(message="cancelled; what ran has saved its work")
     states = {name: future.state for name, future in futures.items()}
-    report.publish(stages, states)
+    report.publish(stages, states, experiment)
     return _conclusion(states)
 
 

@@ -20,14 +20,17 @@ KEY = "pipeline-report"
 _TRAINING_VIEW = "?workflowType=machine_learning"  # else MLflow opens its menus for LLM applications
 
 
-def publish(stages: Sequence[Stage], states: Mapping[str, State[object]]) -> None:
+def publish(stages: Sequence[Stage], states: Mapping[str, State[object]], experiment: str | None = None) -> None:
     """Write the report of the current flow run, as an artifact that the UI shows beside it."""
-    create_markdown_artifact(markdown(stages, states), key=KEY, description="What ran, and what was measured.")
+    create_markdown_artifact(
+        markdown(stages, states, experiment), key=KEY, description="What ran, and what was measured."
+    )
 
 
-def markdown(stages: Sequence[Stage], states: Mapping[str, State[object]]) -> str:
-    """States and metrics as tables, the commit, and where MLflow has the runs."""
+def markdown(stages: Sequence[Stage], states: Mapping[str, State[object]], experiment: str | None = None) -> str:
+    """States and metrics as tables, the commit and the experiment, and where MLflow has the runs."""
     parts = [
+        *([] if experiment is None else [f"DVC experiment: `{experiment}`"]),
         _table(("stage", "state", ""), [(s.name, *_state(states[s.name])) for s in stages]),
         *(_metrics(path) for stage in stages for path in stage.metrics if path.is_file()),
         *_data(),

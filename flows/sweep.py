@@ -17,7 +17,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import arms, graph
+from flows import arms, form, graph
 from flows.arms import Sweep, Told
 from flows.pareto import publish
 from rwkv_core.errors import Problem
@@ -51,6 +51,8 @@ def sweep(space: Sweep) -> FlowState[object]:
         _arm.with_options(task_run_name=f"{job.arm.name} {job.halt or 'to the end'}").submit(job)
 
     try:
+        if runtime.deployment.id is not None:  # it comes of a form
+            _confine(space, root)
         with _variables(inherited), arms.State(root, space) as state:
             told = arms.run(state, start, log, _Watch(watch=runtime.deployment.id is None), stop)
             table, chart = publish(root, state, told)
@@ -71,6 +73,17 @@ def sweep(space: Sweep) -> FlowState[object]:
         description=f"Sweep {space.name}: loss against what it takes",
     )
     return _conclusion(told)
+
+
+def _confine(space: Sweep, root: Path) -> None:
+    for name, values in space.grid.items():
+        for value in values:
+            form.confined(name, value, root)
+    for name, drawn in (space.random.space if space.random else {}).items():
+        for value in drawn.choices or ():
+            form.confined(name, value, root)
+    for name, value in space.fixed.items():
+        form.confined(name, value, root)
 
 
 class _Watch:

@@ -77,7 +77,13 @@ class _Service:
         self.process.wait()
 
 
-def up(root: Path, prefect_port: int, mlflow_port: int, announce: Callable[[str, str], None]) -> None:
+def up(
+    root: Path,
+    prefect_port: int,
+    mlflow_port: int,
+    announce: Callable[[str, str], None],
+    retrain_cron: str | None = None,
+) -> None:
     """Start both servers and the deployments, and keep them until SIGINT or SIGTERM; then stop them all.
 
     Args:
@@ -85,6 +91,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, announce: Callable[[str,
         prefect_port: where Prefect listens.
         mlflow_port: where MLflow listens.
         announce: is given the addresses of both, Prefect's first, once everything answers.
+        retrain_cron: when to retrain on new data.
 
     Raises:
         InputError: a port is taken.
@@ -96,7 +103,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, announce: Callable[[str,
             _check_free(port, option)
         prefect, mlflow = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
         servers = _servers(home, prefect, mlflow)
-        deployments = _deployments(home, prefect, mlflow)
+        deployments = _deployments(home, prefect, mlflow, retrain_cron)
         try:
             for server in servers:
                 server.start(home)
@@ -139,7 +146,7 @@ def _servers(home: Path, prefect: str, mlflow: str) -> list[_Service]:
     ]
 
 
-def _deployments(home: Path, prefect: str, mlflow: str) -> _Service:
+def _deployments(home: Path, prefect: str, mlflow: str, retrain_cron: str | None) -> _Service:
     started = time.time()
     address = f"{prefect}/api/deployments/name/pipeline/local"
     return _Service(
@@ -151,6 +158,7 @@ def _deployments(home: Path, prefect: str, mlflow: str) -> _Service:
             **defaults(home),
             "PREFECT_API_URL": f"{prefect}/api",
             "MLFLOW_TRACKING_URI": mlflow,
+            **({"RWKVFLOW_RETRAIN_CRON": retrain_cron} if retrain_cron else {}),
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds until a run that was asked for starts; by itself, 10
         },
         patience=_STOP_RUNS,

@@ -4,39 +4,14 @@ import json
 import signal
 import socket
 import subprocess
-import sys
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from miniature import free_port, processes_in, wait_until
+from servers import call, started
 
 from tasks.stage import answers
-
-
-@contextmanager
-def started(prefect: int, mlflow: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
-    output = Path("up.txt")
-    with output.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True)
-    try:
-        yield process, output
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
-
-
-def call(url: str, body: Any = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        return json.load(reply)
 
 
 def listening(process: subprocess.Popen[bytes]) -> set[str]:
