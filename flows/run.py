@@ -25,15 +25,25 @@ def run(root: Path, targets: Sequence[str], *, force: bool, say: Callable[[str],
     Returns:
         0 done, 1 failed, 130 stopped.
     """
-    set_defaults(root)
-    api = os.environ.get("PREFECT_API_URL") or PREFECT_API
-    if not answers(api):
-        say(f"No Prefect server answers at {api}: running plain `dvc repro`.")
+    if not reach(root):
+        say(f"No Prefect server answers at {_api()}: running plain `dvc repro`.")
         return _with_dvc(targets, force=force)
-    os.environ["PREFECT_API_URL"] = api
+    return _with_prefect(targets, force=force)
+
+
+def reach(root: Path) -> bool:
+    """Set the environment for Prefect's server and MLflow's, if they answer; whether Prefect's does. Before either's import."""
+    set_defaults(root)
+    if not answers(_api()):
+        return False
+    os.environ["PREFECT_API_URL"] = _api()
     if "MLFLOW_TRACKING_URI" not in os.environ and answers(MLFLOW):
         os.environ["MLFLOW_TRACKING_URI"] = MLFLOW
-    return _with_prefect(targets, force=force)
+    return True
+
+
+def _api() -> str:
+    return os.environ.get("PREFECT_API_URL") or PREFECT_API
 
 
 def _with_prefect(targets: Sequence[str], *, force: bool) -> int:
