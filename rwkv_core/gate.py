@@ -54,6 +54,8 @@ def kept(other: str, before: Scores, after: Scores, margin: float, settings: Eva
 
 def _change(before: Scores, after: Scores, settings: EvaluateConfig, seed: int) -> tuple[str, float]:
     """What the loss became, in words; and the upper end of its interval, infinite where there are too few documents."""
+    if not all(np.isfinite(scores.nats).all() for scores in (before, after)):
+        return "there are losses that are no numbers", np.inf
     try:
         found = compare(before, after, resamples=settings.resamples, confidence=settings.confidence, seed=seed)
     except InputError as error:

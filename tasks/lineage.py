@@ -7,6 +7,7 @@ there is none, that is said.
 import csv
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ class _Place(NamedTuple):
 
     folder: Path
     name: str
+    adapter: str | None
+    """sha256 of its adapter."""
 
 
 def trace(root: Path, model: str) -> Lineage:
@@ -90,11 +93,13 @@ class _Walk:
         self.root, self.main = root, main_root(root)
         self.registry = Registry(self.main)
         self.versions = self.registry.versions()
+        adapter = root / stage.ADAPTER
+        self.outputs = _Place(root, "this checkout's outputs", sha256(adapter) if adapter.exists() else None)
         self.rows: dict[str, tuple[Path, RunRecord]] = {}
 
     def version(self, version: Version, given: Facts | None = None) -> Lineage:
         """Of a registered one."""
-        place = _Place(version.folder, f"version {version.number}")
+        place = _place(version)
         model: Facts = given or {"path": str(version.model), "sha256": version.merged}
         candidate, changes = self.registry.candidate(), self.registry.changes()
         with suppress(Exception):  # a champion whose files are gone is nothing to stop at
@@ -118,12 +123,12 @@ class _Walk:
         digest = sha256(path)
         model: Facts = {"path": name, "sha256": digest}
         for version in self.versions:
-            what = _made(_Place(version.folder, ""), digest)
+            what = _made(_place(version), digest)
             if what:
                 return self.version(version, model | {"is": what})
-        what = _made(_Place(self.root, ""), digest)
+        what = _made(self.outputs, digest)
         if what:
-            return self._merged(_Place(self.root, "this checkout's outputs"), model | {"is": what})
+            return self._merged(self.outputs, model | {"is": what})
         receipt = path.with_name(f"{path.name}.receipt.json")
         values = mirror.read_json(receipt)
         if values.get("merged", {}).get("sha256") == digest:
@@ -142,7 +147,7 @@ class _Walk:
         values = mirror.read_json(receipt)
         if not values:
             adapter = place.folder / stage.ADAPTER
-            entry = self._adapter({"path": str(adapter), "sha256": sha256(adapter)}, place)
+            entry = self._adapter({"path": str(adapter), "sha256": place.adapter}, place)
             return Lineage({"model": model, "merge": "none is recorded", "adapters": [entry]}, self.rows)
         return self._of_receipt(model, receipt, values, place.name, place)
 
@@ -150,10 +155,11 @@ class _Walk:
         self, model: Facts, receipt: Path, values: Facts, name: str, place: _Place | None = None
     ) -> Lineage:
         adapters = [self._adapter(entry, place) for entry in values["adapters"]]
-        base = values["base"] | next((a["training"]["base"] for a in adapters if "base" in a.get("training", {})), {})
+        bases = [entry["training"].pop("base") for entry in adapters if "base" in entry["training"]]
+        base = values["base"] | next((base for base in bases if base["sha256"] == values["base"]["sha256"]), {})
         path = self.root / str(base.get("path", ""))
         base["is"] = _state(path, base["sha256"])
-        merge = {"receipt": str(receipt), "sha256": sha256(receipt), "of": name, **values["merged"]}
+        merge = {"of": name, "receipt": str(receipt), "receipt's sha256": sha256(receipt), **values["merged"]}
         steps = {"model": model, "merge": merge, "base": base, "adapters": adapters}
         return Lineage(steps, self.rows)
 
@@ -161,12 +167,8 @@ class _Walk:
         """An adapter by its hash, as a receipt names it, with its training."""
         digest = str(entry["sha256"])
         facts: Facts = {key: entry[key] for key in ("sha256", "kind", "weight", "quantize") if key in entry}
-        places = [
-            *([place] if place else []),
-            *(_Place(version.folder, f"version {version.number}") for version in self.versions),
-            _Place(self.root, "this checkout's outputs"),
-        ]
-        found = next((p for p in places if _same(p.folder / stage.ADAPTER, digest)), None)
+        places = [*([place] if place else []), *map(_place, self.versions), self.outputs]
+        found = next((p for p in places if p.adapter == digest), None)
         path = found.folder / stage.ADAPTER if found else self.root / str(entry.get("path", ""))
         about = _record_in(path) if _same(path, digest) else None
         facts["file"] = str(path) if about else "not here"
@@ -204,8 +206,8 @@ class _Walk:
             "DVC experiment": record.dvc_experiment.get("name") or "none",
             "flow run": record.prefect.get("flow_run") or "none",
             "flow run's name": record.prefect.get("flow_run_name") or "none",
-            "started": record.started,
-            "finished": record.finished,
+            "started": _time(record.started),
+            "finished": _time(record.finished),
             "host": record.host,
             "versions": record.versions,
             "base": record.base,
@@ -242,6 +244,10 @@ class _Walk:
                 yield {**row, "now": "there, of the same size" if there else "gone or changed"}
 
 
+def _place(version: Version) -> _Place:
+    return _Place(version.folder, f"version {version.number}", version.files.get(stage.ADAPTER.as_posix()))
+
+
 def _made(place: _Place, digest: str) -> str | None:
     """What of a checkout's outputs has this hash."""
     folder = place.folder
@@ -250,7 +256,7 @@ def _made(place: _Place, digest: str) -> str | None:
         return "the merged model"
     if any(entry.get("sha256") == digest for entry in receipt.get("states", {}).values()):
         return "the tuned state"
-    if _same(folder / stage.ADAPTER, digest):
+    if place.adapter == digest:
         return "the adapter"
     for form, entry in mirror.read_json(folder / stage.EXPORT / "conformance.json").get("formats", {}).items():
         if entry.get("sha256") == digest:
@@ -258,6 +264,10 @@ def _made(place: _Place, digest: str) -> str | None:
         if entry.get("state", {}).get("sha256") == digest:
             return f"the tuned state as {form}"
     return None
+
+
+def _time(seconds: float | None) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else "not known"
 
 
 def _same(path: Path, digest: str) -> bool:
