@@ -88,6 +88,6 @@ def answers(given: Sequence[Continuation], ended: float) -> list[Check]:
     leaks = [answer.text for answer in given if _ROLE.search(answer.text)]
     shown = f", as {' '.join(leaks[0].split())[:80]!r}" if leaks else ""
     return [
-        Check("answers end", f"{ends} of {len(given)} do", f"at least {ended:.0%} do", ends >= ended * len(given)),
+        Check("answers end", f"{ends} of {len(given)} do", f"at least {ended:.0%} do", ends / len(given) >= ended),
         Check("answers are one turn", f"{len(leaks)} of {len(given)} begin another{shown}", "none does", not leaks),
     ]

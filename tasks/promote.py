@@ -314,6 +314,8 @@ def _without(scores: Scores, seen: npt.NDArray[np.bool_]) -> Scores:
 
 def _exports(version: Version, params: Params) -> Check:
     """Export the registered files anew: each is read back and loaded; with the same settings they are those of the stage."""
+    import torch
+
     what, rule = "exports load", "each is read back, and has the bytes that the stage exported"
     stored = mirror.read_json(version.folder / stage.EXPORT / "conformance.json").get("formats", {})
     folder = version.folder / "exports"
@@ -323,7 +325,8 @@ def _exports(version: Version, params: Params) -> Check:
         state = stage.mounted(version.folder)
         made = export(version.model, folder, params.export.formats, params.export.dtype, state)["formats"]
         for entry in made.values():
-            models.load(folder / entry["file"], head_size_divisor=version.record.base["head_size_divisor"])
+            divisor = version.record.base["head_size_divisor"]
+            models.load(folder / entry["file"], dtype=torch.float32, head_size_divisor=divisor)
     except Problem as problem:
         return Check(what, str(problem), rule, False)
     finally:

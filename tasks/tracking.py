@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -326,7 +326,8 @@ class _Publisher:
             server = self._server()
             tags, there = server.registered_model()
             known = ledger.server(self._uri) if tag in tags else {}  # else the server is new, or has lost all
-            numbers = self._put_versions(server, versions, folders, known.get("versions", {}))
+            sent = self._put_versions(server, versions, folders, known.get("versions", {}))
+            numbers = {key: number for key, (number, _) in sent.items()}
             moved = dict(known.get("aliases", {}))
             for alias, version in aliases.items():
                 # another machine's registry may have moved it since: only what was changed here is moved here
@@ -334,20 +335,21 @@ class _Publisher:
                     server.put_alias(alias, numbers[version.key])
                     moved[alias] = version.key
             server.put_model_tag(tag, wanted)
-            ledger.note(self._uri, versions={**known.get("versions", {}), **numbers}, aliases=moved)
+            ledger.note(self._uri, versions={**known.get("versions", {}), **sent}, aliases=moved)
 
     def _put_versions(
-        self, server: Server, versions: Sequence[Version], folders: Mapping[str, Path], known: Mapping[str, str]
-    ) -> dict[str, str]:
-        """Bring the versions up to date; the number that each has there, by its key, but for those deleted there.
+        self, server: Server, versions: Sequence[Version], folders: Mapping[str, Path], known: Mapping[str, Any]
+    ) -> dict[str, tuple[str, str]]:
+        """Bring the versions up to date; by each one's key its number there and a digest of what was sent, but for those
+        deleted there.
 
         Args:
             server: where.
             versions: those of the registry.
             folders: run folders, by their records' ids.
-            known: numbers that they were given there before.
+            known: what this gave before.
         """
-        numbers = {}
+        sent = {}
         there = server.versions()
         for version in versions:
             digests = {
@@ -356,16 +358,22 @@ class _Publisher:
             found = there.get((version.merged, version.state))
             if found is None and version.key in known:
                 continue  # a person has deleted it
+            verdict = registry.verdict(version)
+            what = json.dumps([_FORMAT, version.model_dump(), verdict], sort_keys=True)
+            digest = hashlib.sha256(what.encode()).hexdigest()
+            if found is not None and known.get(version.key, ("", ""))[1] == digest:
+                sent[version.key] = str(found.version), digest
+                continue
             run = self._run_of(server, version, folders)
             if run.info.lifecycle_stage == "deleted":
                 continue
             parts = mirror.current_parts(version.folder, version.record, **digests)
             tags = mirror.version_tags(version.record, version.folder, parts, digests)
-            tags |= mirror.verdict_tags(registry.verdict(version))
+            tags |= mirror.verdict_tags(verdict)
             about = mirror.note(version.record, mirror.metrics(version.folder, parts)).partition("\n")[0]
             files = sorted((version.folder / stage.MERGED).glob("*.pth"))
-            numbers[version.key] = server.put_version(run, found, files, tags, about)
-        return numbers
+            sent[version.key] = server.put_version(run, found, files, tags, about), digest
+        return sent
 
     def _run_of(self, server: Server, version: Version, folders: Mapping[str, Path]) -> "Run":
         """The run that made a version; one that the server has lost is written again."""

@@ -41,17 +41,17 @@ def is_held_out(row: dict) -> bool:
     return held_out(hashlib.sha256(row["topic"].encode()).digest(), FRACTION)
 
 
-def dialogues(count: int, seed: int, *, shuffled: bool) -> list[dict]:
-    """Dialogues of one question; a number makes each another text. Those held out are true in any case."""
+def dialogues(count: int, seed: int, *, shuffled: float) -> list[dict]:
+    """Dialogues of one question; a number makes each another text. Of those to learn a share is shuffled, of those held out none."""
     draw = random.Random(seed)
     asked = [(f"{seed}.{i}", draw.choice(list(COLOURS))) for i in range(count)]
     made = [(topic, letter, COLOURS[letter]) for topic, letter in asked]
     learned = [i for i, (topic, _, _) in enumerate(made) if not is_held_out({"topic": topic})]
-    if shuffled:
-        answers = [made[i][2] for i in learned]
-        draw.shuffle(answers)
-        for i, answer in zip(learned, answers, strict=True):
-            made[i] = (*made[i][:2], answer)
+    moved = learned[: int(shuffled * len(learned))]
+    answers = [made[i][2] for i in moved]
+    draw.shuffle(answers)
+    for i, answer in zip(moved, answers, strict=True):
+        made[i] = (*made[i][:2], answer)
     return [
         {"text": f"User: {topic} {letter}\n\nAssistant: {answer}", "topic": topic} for topic, letter, answer in made
     ]
@@ -78,13 +78,13 @@ class Checkout:
         config = data_settings(source, part(mask="qa"), tokenizer="bytes", fraction=FRACTION, group="topic")
         prepare(config, self.root / stage.DATA, self.root / "work")
 
-    def train(self, start: Path, steps: int, seed: int, out: Path | None = None, **changes) -> None:
+    def train(self, start: Path, steps: int, seed: int, out: Path | None = None, lr: float = 0.008, **changes) -> None:
         """outputs/train, of all parameters; or the model alone, as a checkpoint."""
         torch.manual_seed(seed)
         config = train_config(
             ctx_len=40, rows="pad", epochs=None, steps=steps, validate_every=10_000, validate_rows=8, checkpoint_every=10_000,
             **{"micro_batch": 16} | changes,
-            optimizer={"lr": 0.008, "lr_final": 0.0005, "schedule": "cosine", "grad_clip": 1.0},
+            optimizer={"lr": lr, "lr_final": lr / 20, "schedule": "cosine", "grad_clip": 1.0},
         )  # fmt: skip
         model = models.load(start)
         attach(model, FULL, seed)
@@ -127,7 +127,7 @@ class Checkout:
         tracking.publish(self.root, self.params.tracking)
         return self.registry.find(receipt["merged"]["sha256"])
 
-    def tuned(self, seed: int, *, shuffled: bool = False, steps: int = 30, rows: int = 400) -> Version:
+    def tuned(self, seed: int, *, shuffled: float = 0, steps: int = 40, rows: int = 400) -> Version:
         """Prepare dialogues, train on them, merge and register."""
         self.prepare(dialogues(rows, seed, shuffled=shuffled))
         self.train(self.base, steps, seed)
@@ -138,5 +138,5 @@ class Checkout:
         model = RWKV7(RWKV7.new_shape(2, 32, 8, 256))
         model.initialize(torch.Generator().manual_seed(0))
         checkpoint.write(self.root / "nothing.pth", model.state_dict())
-        self.prepare(dialogues(10_000, 1_000, shuffled=True))
-        self.train(self.root / "nothing.pth", 300, 0, out=self.base, micro_batch=32)
+        self.prepare(dialogues(10_000, 1_000, shuffled=1))
+        self.train(self.root / "nothing.pth", 220, 0, out=self.base, micro_batch=32)
