@@ -42,7 +42,7 @@ def is_held_out(row: dict) -> bool:
 
 
 def dialogues(count: int, seed: int, *, shuffled: float) -> list[dict]:
-    """Dialogues of one question; a number makes each another text. Of those to learn a share is shuffled, of those held out none."""
+    """Dialogues of one question; a number makes each another text. A share of those to learn is shuffled, not of others."""
     draw = random.Random(seed)
     asked = [(f"{seed}.{i}", draw.choice(list(COLOURS))) for i in range(count)]
     made = [(topic, letter, COLOURS[letter]) for topic, letter in asked]

@@ -421,7 +421,9 @@ def three_models(root):
     for name in ("first", "second", "third"):
         shutil.rmtree(root / "outputs", ignore_errors=True)
         made = trained(root, merged=name.encode())
-        made.model_copy(update={"digest": name}).write(root / "outputs/train")
+        (root / "outputs/data/train.bin").write_bytes(b"rows")
+        data = {**DATA, "files": {"train.bin": sha256_of(b"rows")}}
+        made.model_copy(update={"digest": name, "data": data}).write(root / "outputs/train")
         (root / "outputs/train/adapter.pth").write_bytes(name.encode())
         merge(root, name.encode())
         tracking.publish(root, NAMES)
