@@ -22,8 +22,8 @@ MAY_IMPORT = {
         "wandb",
     },
     "flows": {
-        "tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow",
-        "pydantic",
+        "tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow", "filelock",
+        "matplotlib", "pydantic",
     },
     "demo": {"tasks", "rwkv_core", "torch", "pydantic"},
 }  # fmt: skip
