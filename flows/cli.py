@@ -1,5 +1,4 @@
-"""The command line: `rwkvflow up`, `rwkvflow run`, `rwkvflow sweep`, `rwkvflow compare`, `rwkvflow plan`,
-`rwkvflow sync`, `rwkvflow merge`, `rwkvflow unmerge`, `rwkvflow inspect`, `rwkvflow chat`, `rwkvflow data`, `rwkvflow import`.
+"""The command line; `rwkvflow --help` lists it.
 
 Prefect, MLflow, DVC and torch are imported by the commands that use them: they take seconds, and `--help` should not.
 """
@@ -112,6 +111,39 @@ def compare(
     from flows.compare import compare as differences
 
     typer.echo(differences(Path.cwd(), runs), nl=False)
+
+
+def promote(
+    version: Annotated[
+        str, typer.Argument(help="Number, alias or beginning of the sha256 of a registered model; the newest, if none.")
+    ] = "candidate",
+) -> None:
+    """Judge a model against its base and the champion, by promote in params.yaml; if all holds, it is the champion."""
+    from flows import registry
+
+    raise typer.Exit(registry.promote(Path.cwd(), version, typer.echo))
+
+
+@app.command()
+def rollback() -> None:
+    """Let the champion be the model that it was before the last promotion. Twice goes back two."""
+    from flows import registry
+
+    registry.rollback(Path.cwd(), typer.echo)
+
+
+@app.command()
+def lineage(
+    model: Annotated[
+        str, typer.Argument(help="A file; or number, alias or beginning of the sha256 of a registered model.")
+    ],
+    rows: Annotated[bool, typer.Option("--rows", help="Print the documents it was trained and judged on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs, with all settings.")] = False,
+) -> None:
+    """Walk a model back: merge, adapter, base, data and its rows, code, settings, and who ran it."""
+    from flows import registry
+
+    registry.lineage(Path.cwd(), model, typer.echo, rows=rows, as_json=as_json)
 
 
 @app.command()

@@ -26,8 +26,7 @@ def run(root: Path, targets: Sequence[str], *, force: bool, say: Callable[[str],
     Returns:
         0 done, 1 failed, 130 stopped.
     """
-    set_defaults(root)
-    if not _served():
+    if not reach(root):
         say(f"No Prefect server answers at {_api()}: running plain `dvc repro`.")
         return _with_dvc(targets, force=force)
     return _with_prefect(targets, force=force)
@@ -44,11 +43,11 @@ def sweep(root: Path, file: Path, slots: int | None, say: Callable[[str], None])
     """
     from flows import arms, graph
 
-    set_defaults(root)
+    served = reach(root)
     space = arms.read(file)
     if slots is not None:
         space = space.model_copy(update={"slots": slots})
-    if _served():
+    if served:
         from flows.sweep import sweep as flow  # imports Prefect, which reads the environment set above
 
         ended = flow(space, return_state=True)
@@ -74,8 +73,9 @@ def sweep(root: Path, file: Path, slots: int | None, say: Callable[[str], None])
     return 1 if all(t.failed for t in told) else 0
 
 
-def _served() -> bool:
-    """Whether a Prefect server answers; then the environment names it, and MLflow's, if that does too."""
+def reach(root: Path) -> bool:
+    """Set the environment for Prefect's server and MLflow's, if they answer; whether Prefect's does. Before either's import."""
+    set_defaults(root)
     if not answers(_api()):
         return False
     os.environ["PREFECT_API_URL"] = _api()

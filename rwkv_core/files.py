@@ -63,6 +63,19 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def link(source: Path, path: Path) -> None:
+    """Make `path` a second name of the bytes of a file that is only ever replaced, never written in place; else a copy.
+
+    Raises:
+        WorldError: as of `whole_file`.
+    """
+    with whole_file(path) as temporary:
+        with contextlib.suppress(OSError):  # another disk, or one that can't
+            temporary.hardlink_to(source.resolve())
+            return
+        shutil.copyfile(source, temporary)
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A temporary folder beside `path`, which replaces `path` if the block succeeds and vanishes if it fails.

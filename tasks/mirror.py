@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rwkv_core.files import sha256
 from tasks.record import FILE, RunRecord
 
 LIVE = "metrics.jsonl"
@@ -208,7 +209,7 @@ def made_from(path: Path) -> set[str]:
 def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
     """Files to keep as artifacts, by their name there. The merged model is not among them: it is a version's own."""
     wanted = {
-        "data": ("manifest.json", "metrics.json", "lints.csv", "lengths.csv"),
+        "data": ("manifest.json", "metrics.json", "lints.csv", "lengths.csv", "files.csv"),
         "preview": ("preview.html", "metrics.json"),
         "train": (
             "adapter.pth",
@@ -236,19 +237,27 @@ def version_tags(record: RunRecord, root: Path, parts: Iterable[str], hashes: di
 
     Args:
         record: the run's.
-        root: the checkout.
+        root: the checkout, or the version's folder.
         parts: stages whose outputs belong to it.
         hashes: sha256 of "adapter", "merged" and "state".
     """
+    parts = list(parts)
     found: dict[str, Any] = {
         RUN_TAG: record.id,
         "base.sha256": record.base.get("sha256"),
+        "data.sha256": record.data.get("sha256"),
         "adapter.sha256": hashes["adapter"],
         "merged.sha256": hashes["merged"],
         "state.sha256": hashes["state"],
         "adapter.kind": record.params.get("adapter", {}).get("kind"),
         "git.commit": record.git.get("commit"),
+        "dvc.experiment": record.dvc_experiment.get("name"),
+        "prefect.flow_run": record.prefect.get("flow_run"),
     }
+    for what, path in (("manifest", "data/manifest.json"), ("receipt", "merged/receipt.json")):
+        whole = root / "outputs" / path
+        if whole.parent.name in parts and whole.is_file():
+            found[f"{what}.sha256"] = sha256(whole)
     for part, file in (("evaluate", "metrics.json"), ("export", "conformance.json")):
         if part in parts:
             values = flat(read_json(root / "outputs" / part / file))
@@ -259,6 +268,18 @@ def version_tags(record: RunRecord, root: Path, parts: Iterable[str], hashes: di
         for key, value in found.items()
         if value is not None and not isinstance(value, list)
     }
+
+
+def verdict_tags(verdict: dict[str, Any] | None) -> dict[str, str]:
+    """What the gate said of a version, if it was asked: passed or refused, when, and each check."""
+    if verdict is None:
+        return {}
+    found = {"gate.verdict": "passed" if verdict["passed"] else "refused", "gate.time": verdict["time"]}
+    for check in verdict["checks"]:
+        found[f"gate.{check['what']}"] = (
+            f"{'passed' if check['passed'] else 'refused'}: {check['found']}; {check['rule']}"
+        )
+    return {_clean(key): _text(value)[:_TAG_LENGTH] for key, value in found.items()}
 
 
 def live_points(path: Path, offset: int) -> Iterator[tuple[int, list[Point]]]:

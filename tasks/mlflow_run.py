@@ -22,13 +22,14 @@ from filelock import FileLock
 
 from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import WorldError
-from rwkv_core.files import marks, sha256, whole_file
+from rwkv_core.files import link, marks, sha256, whole_file
 from tasks import mirror
 from tasks.mirror import Point
 from tasks.record import RunRecord
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
 
 # "mlflow." in front: its UI keeps such tags out of sight
 CURVE_TAG = "mlflow.rwkvflow.curve"
@@ -303,36 +304,69 @@ class Server:
                 tag = json.dumps(stored, separators=(",", ":"))
             self.put_tags(run, {_ARTIFACTS_TAG: tag})
 
-    def put_version(self, run: "Run", files: Sequence[Path], tags: dict[str, str], description: str) -> None:
-        """Register a merged model, once for its bytes and those of its state, and bring the tags of its version up to date.
+    def versions(self) -> "dict[tuple[str | None, str | None], ModelVersion]":
+        """Those of the registered model, by the sha256 of their checkpoint and of their state."""
+        found: dict[tuple[str | None, str | None], ModelVersion] = {}
+        token, query = None, f"name='{self._tracking.registered_model}'"
+        while token != "":
+            page = self._client.search_model_versions(query, page_token=token)
+            found |= {(v.tags.get("merged.sha256"), v.tags.get("state.sha256")): v for v in page}
+            token = page.token or ""
+        return found
+
+    def put_version(
+        self,
+        run: "Run",
+        found: "ModelVersion | None",
+        files: Sequence[Path],
+        tags: dict[str, str],
+        description: str,
+    ) -> str:
+        """Register a merged model, or bring the tags of its version up to date.
 
         Args:
             run: the run that made it, which stores the files.
+            found: its version, if there is one.
             files: the checkpoint, and a tuned state to mount on it, if there is one.
             tags: of the version; merged.sha256 and state.sha256 tell it from others.
             description: of a new version.
-        """
-        from mlflow.exceptions import MlflowException
 
+        Returns:
+            The version's number.
+        """
         name = self._tracking.registered_model
-        versions = self._client.search_model_versions(f"name='{name}'")
-        digests = [tags.get(f"{part}.sha256") for part in ("merged", "state")]
-        found = next((v for v in versions if [v.tags.get(f"{p}.sha256") for p in ("merged", "state")] == digests), None)
         if found is None:
-            with contextlib.suppress(MlflowException):  # it exists; what else may be wrong, the next call says
-                self._client.create_registered_model(name)
             # a folder for each: the next model of the same run must not take the place of this version's file
-            folder = f"merged/{'-'.join(digest[:12] for digest in digests if digest)}"
+            folder = "-".join(tags[key][:12] for key in ("merged.sha256", "state.sha256") if key in tags)
             for file in files:
-                self._store(run, file, f"{folder}/{file.name}", link=True)
-            source = f"{run.info.artifact_uri}/{folder}"
-            self._client.create_model_version(
+                self._store(run, file, f"merged/{folder}/{file.name}", as_link=True)
+            source = f"{run.info.artifact_uri}/merged/{folder}"
+            made = self._client.create_model_version(
                 name, source, run.info.run_id, tags=tags, description=description, await_creation_for=0
             )
-            return
+            return str(made.version)
         for key, value in tags.items():
             if found.tags.get(key) != value:
                 self._client.set_model_version_tag(name, found.version, key, value)
+        return str(found.version)
+
+    def registered_model(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Tags of the registered model, and the version's number of each of its aliases. It is made, if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        name = self._tracking.registered_model
+        with contextlib.suppress(MlflowException):  # it exists; what else may be wrong, the next call says
+            self._client.create_registered_model(name)
+        model = self._client.get_registered_model(name)
+        return dict(model.tags), {alias: str(number) for alias, number in model.aliases.items()}
+
+    def put_alias(self, alias: str, number: str) -> None:
+        """Let an alias of the registered model be this version."""
+        self._client.set_registered_model_alias(self._tracking.registered_model, alias, number)
+
+    def put_model_tag(self, key: str, value: str) -> None:
+        """Set a tag of the registered model."""
+        self._client.set_registered_model_tag(self._tracking.registered_model, key, value)
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -357,18 +391,16 @@ class Server:
         for chunk in _chunks(points, _BATCH):
             self._client.log_batch(run.info.run_id, metrics=[Metric(p.name, p.value, p.time, p.step) for p in chunk])
 
-    def _store(self, run: "Run", path: Path, place: str, *, link: bool = False) -> None:
-        """Store a file as an artifact. With `link`, on this machine's disk, as a second name of the same bytes."""
+    def _store(self, run: "Run", path: Path, place: str, *, as_link: bool = False) -> None:
+        """Store a file as an artifact. With `as_link`, on this machine's disk, as a second name of the same bytes."""
         folder = self._artifact_folder(run)
         if folder is None:
             self._client.log_artifact(run.info.run_id, str(path), str(Path(place).parent))
             return
+        if as_link:
+            link(path, folder / place)  # gigabytes
+            return
         with whole_file(folder / place) as temporary:
-            if link:
-                # gigabytes: outputs are renamed into place and never written in place, so the link keeps its bytes
-                with contextlib.suppress(OSError):
-                    temporary.hardlink_to(path.resolve())
-                    return
             shutil.copyfile(path, temporary)
 
     def _artifact_folder(self, run: "Run") -> Path | None:
@@ -409,6 +441,26 @@ def peek(uri: str, run_id: str) -> dict[str, str] | None:
     except (OSError, sqlite3.Error, ValueError, LookupError):
         return None
     return dict(rows) | ({"deleted": "true"} if stage == "deleted" else {})
+
+
+def peek_model(uri: str, name: str) -> dict[str, str] | None:
+    """The tags of a registered model, as `peek` gets those of a run; None if that can't be done or it is not there."""
+    try:
+        if uri.startswith("sqlite:///"):
+            path = urllib.parse.quote(uri.removeprefix("sqlite:///"))
+            with contextlib.closing(
+                sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_PROBE_SECONDS)
+            ) as database:
+                query = "SELECT key, value FROM registered_model_tags WHERE name = ?"
+                return dict(database.execute(query, (name,)).fetchall())
+        if uri.startswith(("http://", "https://")):
+            address = f"{uri.rstrip('/')}/api/2.0/mlflow/registered-models/get?{urllib.parse.urlencode({'name': name})}"
+            with urllib.request.urlopen(address, timeout=_PROBE_SECONDS) as reply:
+                model = json.load(reply)["registered_model"]
+            return {tag["key"]: tag["value"] for tag in model.get("tags", [])}
+    except (OSError, sqlite3.Error, ValueError, LookupError):
+        pass
+    return None
 
 
 def without_password(uri: str) -> str:

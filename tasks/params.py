@@ -17,6 +17,7 @@ from rwkv_core.config import (
     EvaluateConfig,
     ExportConfig,
     ModelConfig,
+    PromoteConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -37,6 +38,7 @@ class Params(Config):
     train: TrainConfig
     evaluate: EvaluateConfig
     export: ExportConfig
+    promote: PromoteConfig
     tracking: TrackingConfig
 
 

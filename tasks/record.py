@@ -60,7 +60,7 @@ class RunRecord(BaseModel):
     """The checkpoint started from: path, sha256, version, n_layer, n_embd, ..."""
 
     data: dict[str, Any]
-    """What was learned: path, sha256, rows; train and valid, the tokens of each side."""
+    """What was learned: path, sha256, rows; train and valid, the tokens of each side; files, the sha256 of each token file."""
 
     git: dict[str, Any]
     """commit, branch, dirty; each None outside a repository."""

@@ -11,18 +11,23 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 from filelock import FileLock, Timeout
 
 from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import Interrupted, Problem, WorldError
 from rwkv_core.files import sha256
-from tasks import mirror, stage
-from tasks.mlflow_run import CURVE_TAG, MIRROR_TAG, Ledger, Server, import_mlflow, peek, without_password
+from tasks import mirror, registry, stage
+from tasks.mlflow_run import CURVE_TAG, MIRROR_TAG, Ledger, Server, import_mlflow, peek, peek_model, without_password
 from tasks.record import FILE, RunRecord, Status, main_root
+from tasks.registry import CANDIDATE, CHAMPION, Registry, Version
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 RUNS = Path(".rwkvflow/runs")
 """Run folders, below the main checkout."""
@@ -184,8 +189,9 @@ def publish(root: Path, tracking: TrackingConfig) -> None:
     """Make MLflow hold everything that the outputs and the run folders hold. Nothing new costs next to nothing.
 
     The run of the adapter in outputs/train gets its params, curves, lineage, final metrics and artifacts, and its
-    merged model becomes a version; other trainings that left a run folder, failed ones too, get curves and status.
-    A run that was deleted in MLflow is left so. Failing is a warning.
+    merged model is registered; other trainings that left a run folder, failed ones too, get curves and status. Every
+    version of the registry becomes one there, with its aliases. A run that was deleted in MLflow is left so, and a version
+    too. Failing is a warning.
 
     Args:
         root: the checkout whose outputs these are.
@@ -202,9 +208,13 @@ def publish(root: Path, tracking: TrackingConfig) -> None:
                 folders[RunRecord.read(path.parent).id] = path.parent
         if (root / "outputs" / "train" / FILE).exists():
             record = RunRecord.read(root / "outputs" / "train")
-            view.outputs(record, root.resolve(), folders.pop(record.id, None))
-        for folder in folders.values():
+            view.outputs(record, root.resolve(), folders.get(record.id))
+            others = [folder for run, folder in folders.items() if run != record.id]
+        else:
+            others = list(folders.values())
+        for folder in others:
             view.folder(folder)
+        view.registry(folders)
     except Exception as error:  # MLflow is a view: no trouble with it may fail a stage
         warn(where, _trouble(error))
 
@@ -239,6 +249,7 @@ class _Publisher:
 
     def __init__(self, main: Path, where: str, tracking: TrackingConfig) -> None:
         self._main, self._uri, self._tracking = main, where, tracking
+        self.versions = Registry(main)
         self._connection: Server | None = None
 
     def outputs(self, record: RunRecord, root: Path, folder: Path | None) -> None:
@@ -258,6 +269,8 @@ class _Publisher:
             hashes = _hashes(root, ledger)
             parts = mirror.current_parts(root, record, **hashes)
             files = {place: (path, ledger.digest(path)) for place, path in mirror.files(root, parts).items()}
+            if "merged" in parts and not root.is_relative_to(self.versions.folder):
+                self.versions.register(root, record, hashes, files, ledger.digest)
             curve = folder / mirror.LIVE if folder is not None and (folder / mirror.LIVE).exists() else None
             wanted = self._digest(record, parts, hashes, files, curve)
             held = self._peek(ledger)
@@ -283,13 +296,8 @@ class _Publisher:
             server.put_facts(run, record, counts)
             server.put_numbers(run, numbers)
             server.put_files(run, files)
-            note = mirror.note(record, numbers)
-            server.put_note(run, note)
+            server.put_note(run, mirror.note(record, numbers))
             server.put_status(run, record.status, record.finished)
-            if "merged" in parts and hashes["merged"] is not None:
-                tags = mirror.version_tags(record, root, parts, hashes)
-                models = sorted((root / stage.MERGED).glob("*.pth"))
-                server.put_version(run, models, tags, note.partition("\n")[0])
             server.put_tags(run, {MIRROR_TAG: wanted})
             ledger.note(self._uri, run=run.info.run_id, status=record.status)
 
@@ -321,6 +329,90 @@ class _Publisher:
                 server.put_note(run, mirror.note(record, {}))
             server.put_status(run, record.status, record.finished)
             ledger.note(self._uri, run=run.info.run_id, status=record.status, offset=curve.stat().st_size)
+
+    def registry(self, folders: Mapping[str, Path]) -> None:
+        """Publish the versions and which are the champion and the candidate; runs that MLflow has lost, with them.
+
+        Args:
+            folders: run folders, by their records' ids.
+        """
+        versions = self.versions.versions()
+        if not versions:
+            return
+        champion, candidate = self.versions.champion(), self.versions.candidate()
+        aliases = {CHAMPION: champion, CANDIDATE: candidate}
+        verdicts = {version.key: registry.verdict(version) for version in versions}
+        what = [_FORMAT, [v.model_dump() for v in versions], verdicts, [a and a.key for a in aliases.values()]]
+        wanted = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        tag = f"{MIRROR_TAG}.{hashlib.sha256(str(self._main).encode()).hexdigest()[:12]}"  # one server has many's
+        ledger = Ledger(self._main, "registry")
+        with ledger.lock(60):
+            if (peek_model(self._uri, self._tracking.registered_model) or {}).get(tag) == wanted:
+                return
+            server = self._server()
+            tags, there = server.registered_model()
+            known = ledger.server(self._uri) if tag in tags else {}  # else the server is new, or has lost all
+            sent = self._put_versions(server, versions, folders, known.get("versions", {}))
+            numbers = {key: number for key, (number, _) in sent.items()}
+            moved = dict(known.get("aliases", {}))
+            for alias, version in aliases.items():
+                # another machine's registry may have moved it since: only what was changed here is moved here
+                if version and version.key in numbers and (moved.get(alias) != version.key or alias not in there):
+                    server.put_alias(alias, numbers[version.key])
+                    moved[alias] = version.key
+            server.put_model_tag(tag, wanted)
+            ledger.note(self._uri, versions={**known.get("versions", {}), **sent}, aliases=moved)
+
+    def _put_versions(
+        self, server: Server, versions: Sequence[Version], folders: Mapping[str, Path], known: Mapping[str, Any]
+    ) -> dict[str, tuple[str, str]]:
+        """Bring the versions up to date; by each one's key its number there and a digest of what was sent, but for those
+        deleted there.
+
+        Args:
+            server: where.
+            versions: those of the registry.
+            folders: run folders, by their records' ids.
+            known: what this gave before.
+        """
+        sent = {}
+        there = server.versions()
+        for version in versions:
+            digests = {
+                "adapter": version.files.get(stage.ADAPTER.as_posix()), "merged": version.merged, "state": version.state
+            }  # fmt: skip
+            found = there.get((version.merged, version.state))
+            if found is None and version.key in known:
+                continue  # a person has deleted it
+            verdict = registry.verdict(version)
+            what = json.dumps([_FORMAT, version.model_dump(), verdict], sort_keys=True)
+            digest = hashlib.sha256(what.encode()).hexdigest()
+            if found is not None and known.get(version.key, ("", ""))[1] == digest:
+                sent[version.key] = str(found.version), digest
+                continue
+            run = self._run_of(server, version, folders)
+            if run.info.lifecycle_stage == "deleted":
+                continue
+            parts = mirror.current_parts(version.folder, version.record, **digests)
+            tags = mirror.version_tags(version.record, version.folder, parts, digests)
+            tags |= mirror.verdict_tags(verdict)
+            about = mirror.note(version.record, mirror.metrics(version.folder, parts)).partition("\n")[0]
+            files = sorted((version.folder / stage.MERGED).glob("*.pth"))
+            sent[version.key] = server.put_version(run, found, files, tags, about), digest
+        return sent
+
+    def _run_of(self, server: Server, version: Version, folders: Mapping[str, Path]) -> "Run":
+        """The run that made a version; one that the server has lost is written again."""
+        record = version.record
+        ledger = Ledger(self._main, record.id)
+        with ledger.lock(60):
+            run = server.find(record, ledger.server(self._uri))
+        if run is None:
+            self.outputs(record, version.folder, folders.get(record.id))
+            run = server.find(record, {})
+        if run is None:
+            raise Timeout(f"the run of {version.key}, which is training again")
+        return run
 
     def _peek(self, ledger: Ledger) -> dict[str, str] | None:
         known = ledger.server(self._uri).get("run")

@@ -18,7 +18,7 @@ from rwkv_core import checkpoint, models, plan, warm_start
 from rwkv_core.adapters import attach, trained_state
 from rwkv_core.adapters.file import AdapterRecord, write
 from rwkv_core.adapters.rows import without_unchanged
-from rwkv_core.data.binidx import Documents
+from rwkv_core.data.binidx import SIDES, Documents
 from rwkv_core.data.order import Part
 from rwkv_core.data.rows import LeftOut, rows
 from rwkv_core.errors import InputError, Problem
@@ -57,7 +57,8 @@ def train() -> None:
     start = warm_start.read(params.adapter, params.model.base, base_sha256, params.model.quantize)
     loaded = warm_start.digests(params.adapter)
     parts = [Part(*(part[field] for field in Part._fields)) for part in manifest["train"].get("parts", ())]
-    digest = run_digest(params, base_sha256, loaded, parts, here.world)
+    data = token_files()
+    digest = run_digest(params, base_sha256, loaded, data, parts, here.world)
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -120,7 +121,7 @@ def train() -> None:
     if here.rank:
         learn(log=lambda step, metrics: None)
         return
-    run = _record(params, digest, folder, base_sha256, asdict(model.config), manifest)
+    run = _record(params, digest, folder, base_sha256, asdict(model.config), manifest, data)
     about = AdapterRecord(
         format=1,
         # what files were called changes no byte
@@ -205,8 +206,19 @@ def _check_place(load: Path | None) -> None:
         )
 
 
+def token_files() -> dict[str, str]:
+    """sha256 of the files in outputs/data that are learned and held out, masks too, by name: those of training come first."""
+    files = [file for side in SIDES for file in sorted(stage.DATA.glob(f"{side}.*"))]
+    return {file.name: sha256(file) for file in files}
+
+
 def run_digest(
-    params: Params, base_sha256: str, loaded: Mapping[str, str | None], parts: Sequence[Part], world: int
+    params: Params,
+    base_sha256: str,
+    loaded: Mapping[str, str | None],
+    data: Mapping[str, str],
+    parts: Sequence[Part],
+    world: int,
 ) -> str:
     """Name of a run: everything that its result depends on; not halt, checkpoint_every, attempts and memory, nor what
     files are called.
@@ -216,13 +228,18 @@ def run_digest(
     for name in ("halt", "checkpoint_every", "memory"):
         del shaping["train"][name]
     del shaping["train"]["guards"]["attempts"]
-    data = [sha256(file) for side in ("train", "valid") for file in sorted(stage.DATA.glob(f"{side}.*"))]  # masks too
-    text = json.dumps([shaping, params.model.how(), base_sha256, data, parts, world], sort_keys=True)
+    text = json.dumps([shaping, params.model.how(), base_sha256, list(data.values()), parts, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _record(
-    params: Params, digest: str, folder: Path, base_sha256: str, shape: dict[str, Any], manifest: dict[str, Any]
+    params: Params,
+    digest: str,
+    folder: Path,
+    base_sha256: str,
+    shape: dict[str, Any],
+    manifest: dict[str, Any],
+    data: dict[str, str],
 ) -> str:
     """Leave the record of the run that is continued in `folder`, or of a new one, whose metrics begin anew; its id."""
     if checkpoints.exist(folder) and (folder / FILE).exists():
@@ -238,7 +255,8 @@ def _record(
         params=params.model_dump(mode="json", exclude={"train": {"halt"}}),
         base={"path": str(params.model.base), "sha256": base_sha256, **shape},
         data={name: manifest["source"][name] for name in ("path", "sha256", "rows")}
-        | {side: manifest[side]["tokens"] for side in ("train", "valid")},
+        | {side: manifest[side]["tokens"] for side in SIDES}
+        | {"files": data},
     )
     if known is not None:  # its record was lost
         record = record.model_copy(update={"id": known})

@@ -17,7 +17,15 @@ from rwkv_core.config.model import (
     PissaConfig,
     StateConfig,
 )
-from rwkv_core.config.result import EvaluateConfig, ExportConfig, SampleConfig, TrackingConfig
+from rwkv_core.config.result import (
+    AnswersConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PromoteConfig,
+    RetentionConfig,
+    SampleConfig,
+    TrackingConfig,
+)
 from rwkv_core.config.section import Config
 from rwkv_core.config.train import (
     ContextConfig,
@@ -32,6 +40,7 @@ from rwkv_core.config.train import (
 
 __all__ = [
     "AdapterConfig",
+    "AnswersConfig",
     "BatConfig",
     "BoneConfig",
     "Column",
@@ -51,6 +60,8 @@ __all__ = [
     "Patterns",
     "PeftConfig",
     "PissaConfig",
+    "PromoteConfig",
+    "RetentionConfig",
     "SampleConfig",
     "SavesConfig",
     "StateConfig",

@@ -1,5 +1,6 @@
 """What is done with a tuned model: how it is judged, which files are made, what it is called."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,6 +59,43 @@ class ExportConfig(Config):
         if len(set(self.formats)) < len(self.formats):
             raise ValueError(f"formats names one twice: {', '.join(self.formats)}")
         return self
+
+
+class RetentionConfig(Config):
+    """What a model must not forget."""
+
+    text: Path
+    """A file or folder of general text, 10 documents or more: jsonl, csv, parquet, .txt, ... Nothing of it is masked."""
+
+    margin: float = Field(ge=0)
+    """Most that its loss may rise, in nats a token: the interval's upper end, above the base and above the champion."""
+
+
+class AnswersConfig(Config):
+    """Whether a model answers in the form that clients expect."""
+
+    count: int = Field(ge=1)
+    """Held-out questions that it answers, drawn as evaluate.samples says."""
+
+    max_tokens: int = Field(ge=1)
+    """Longest answer, in tokens."""
+
+    ended: float = Field(ge=0, le=1)
+    """Least share of the answers that end by themselves: with token 0, or with the beginning of the user's next turn."""
+
+
+class PromoteConfig(Config):
+    """What a model must be to become the champion. All of it must hold; see docs/promotion.md."""
+
+    held_out: float = Field(ge=0)
+    """How much lower its held-out loss must be, in nats a token: the interval of the difference lies below -held_out, from the
+    base and from the champion. At 0 an equal model is still no better."""
+
+    retention: RetentionConfig | None
+    """null: forgetting is not measured."""
+
+    answers: AnswersConfig | None
+    """null: answers are not looked at. Held-out rows without a dialogue have none."""
 
 
 class TrackingConfig(Config):

@@ -10,13 +10,14 @@ Source: Li, Owen and Zhang, One Permutation Hashing, 2012; Shrivastava, Optimal 
 Hashing, 2017; the bands are of Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_core.data.binidx import Tokens
+from rwkv_core.data.binidx import Documents, Learned, Tokens
 
 RUN = 5
 BANDS, ROWS = 20, 6
@@ -26,6 +27,7 @@ HASHES = BANDS * ROWS
 TRIED = 16
 """Likely documents that one is compared with exactly, at most."""
 
+_INDEXED = 1 << 15  # documents of a training in one index: 13 MB
 _BUCKET = 64  # documents of one band that are looked at
 _ERROR = 0.04  # standard error of an estimate, the most that it is for long documents
 
@@ -91,6 +93,41 @@ def _runs(tokens: Tokens) -> npt.NDArray[np.uint64]:
     mixed ^= mixed >> np.uint64(33)
     mixed *= np.uint64(0xC4CEB9FE1A85EC53)
     return mixed
+
+
+def seen(held_out: Documents, trained: Documents, least: float | None) -> Learned:
+    """Which held-out documents are among those of a training, or nearly. In memory are digests of the held-out ones, and an
+    index of a part of the others.
+
+    Args:
+        held_out: (D,) documents.
+        trained: those of the training.
+        least: similarity from which one counts as nearly the same; None: only equal ones count, to the token.
+
+    Returns:
+        (D,)
+    """
+    wanted = [_digest(held_out[i]) for i in range(len(held_out))]
+    among = set(wanted)
+    met = {digest for i in range(len(trained)) if (digest := _digest(trained[i])) in among}
+    found = np.array([digest in met for digest in wanted], bool)
+    if least is None:
+        return found
+    known = signatures([held_out[i][:-1] for i in range(len(held_out))])
+    for first in range(0, len(trained), _INDEXED):
+        some = range(first, min(first + _INDEXED, len(trained)))
+        index = Index(signatures([trained[i][:-1] for i in some]))
+
+        def tokens(document: int, first: int = first) -> Tokens:
+            return trained[first + document][:-1]
+
+        for i in np.flatnonzero(~found):
+            found[i] = index.nearest(held_out[int(i)][:-1], known[i], tokens, least) is not None
+    return found
+
+
+def _digest(tokens: Tokens) -> bytes:
+    return hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=16).digest()
 
 
 class Index:

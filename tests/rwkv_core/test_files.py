@@ -10,7 +10,7 @@ import pytest
 
 from rwkv_core import files
 from rwkv_core.errors import WorldError
-from rwkv_core.files import sha256, whole_file, whole_folder
+from rwkv_core.files import link, sha256, whole_file, whole_folder
 
 
 def names(folder):
@@ -221,3 +221,18 @@ def test_a_file_in_a_folder_s_place_stays(tmp_path):
         pass
     assert (tmp_path / "x").read_text() == "mine"
     assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_link_has_the_bytes_and_takes_the_place_of_what_was_there(works, tmp_path, monkeypatch):
+    """Where the disk can't link, it is a copy."""
+    source, path = tmp_path / "source", tmp_path / "deep" / "place"
+    path.parent.mkdir()
+    path.write_text("before")
+    source.write_text("bytes")
+    if not works:
+        monkeypatch.setattr(os, "link", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+    link(source, path)
+    assert path.read_text() == "bytes"
+    assert path.samefile(source) == works
+    assert [entry.name for entry in path.parent.iterdir()] == ["place"]

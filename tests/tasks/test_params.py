@@ -100,7 +100,7 @@ def test_a_name_unlike_any_lists_what_there_is(edited):
     )
 
 
-@pytest.mark.parametrize("section", ["data", "adapter", "train", "evaluate", "export", "tracking", "model"])
+@pytest.mark.parametrize("section", ["data", "adapter", "train", "evaluate", "export", "promote", "tracking", "model"])
 def test_a_missing_section_is_named(edited, section):
     text = (ROOT / "params.yaml").read_text()
     start = text.index(f"\n{section}:")

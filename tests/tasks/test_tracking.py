@@ -21,6 +21,7 @@ from rwkv_core.errors import Interrupted
 from rwkv_core.files import sha256
 from tasks import mirror, mlflow_run, tracking
 from tasks.record import RunRecord, main_root
+from tasks.registry import Registry
 
 NAMES = TrackingConfig(experiment="tests", registered_model="tuned", also=())
 PARAMS = {
@@ -409,6 +410,95 @@ def test_a_wiped_database_is_written_again(root, empty_database):
     copy = shutil.copyfile(wiped, f"{root}/copy.db")
     run = the_run(f"sqlite:///{copy}", made)
     assert curve(f"sqlite:///{copy}", run, "train/loss") == [(s, loss(s)) for s in range(STEPS)]
+
+
+def aliases(uri):
+    return {alias: int(number) for alias, number in client(uri).get_registered_model("tuned").aliases.items()}
+
+
+def three_models(root):
+    """The merged models of three trainings, of which the second is champion; the versions."""
+    for name in ("first", "second", "third"):
+        shutil.rmtree(root / "outputs", ignore_errors=True)
+        made = trained(root, merged=name.encode())
+        (root / "outputs/data/train.bin").write_bytes(b"rows")
+        data = {**DATA, "files": {"train.bin": sha256_of(b"rows")}}
+        made.model_copy(update={"digest": name, "data": data}).write(root / "outputs/train")
+        (root / "outputs/train/adapter.pth").write_bytes(name.encode())
+        merge(root, name.encode())
+        tracking.publish(root, NAMES)
+    found = Registry(root)
+    found.promote(found.find("1"), None)
+    found.promote(found.find("2"), "a flow run")
+    verdict = {"what": "held-out loss against the base", "found": "-0.1", "rule": "below 0", "passed": True}
+    write(found.find("2").folder / "verdict.json", {"passed": True, "time": "2026", "checks": [verdict]})
+    tracking.publish(root, NAMES)
+    return found
+
+
+def test_versions_have_aliases_and_say_what_they_were_made_from(root):
+    known = three_models(root)
+    uri = tracking.uri(root)
+    assert aliases(uri) == {"candidate": 3, "champion": 2}
+    tags = client(uri).get_model_version_by_alias("tuned", "champion").tags
+    assert tags["base.sha256"] == BASE["sha256"]
+    assert tags["data.sha256"] == DATA["sha256"]
+    for name, path in (("manifest", "data/manifest.json"), ("receipt", "merged/receipt.json")):
+        assert tags[f"{name}.sha256"] == sha256(known.find("2").folder / "outputs" / path)
+    assert tags["gate.verdict"] == "passed"
+    assert tags["gate.held-out loss against the base"] == "passed: -0.1; below 0"
+    assert "gate.verdict" not in client(uri).get_model_version_by_alias("tuned", "candidate").tags
+    before = rows_in(root)
+    tracking.publish(root, NAMES)
+    assert rows_in(root) == before
+    known.rollback()
+    tracking.publish(root, NAMES)
+    assert aliases(uri) == {"candidate": 3, "champion": 1}
+
+
+def test_a_wiped_database_gets_every_model_and_alias_back(root, empty_database, monkeypatch):
+    """The outputs are of the third model alone by now, and MLflow's artifacts are gone too."""
+    known = three_models(root)
+    wiped = root / "another.db"
+    shutil.copyfile(empty_database, wiped)
+    shutil.rmtree(root / "mlartifacts")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{wiped}")
+    tracking.publish(root, NAMES)
+    uri = tracking.uri(root)
+    assert aliases(uri) == {"candidate": 3, "champion": 2}
+    found = {v.version: v for v in client(uri).search_model_versions("name='tuned'")}
+    for number, model in enumerate((b"first", b"second", b"third"), 1):
+        version = known.find(str(number))
+        folder = Path(found[number].source.removeprefix("file://"))
+        assert (folder / "model.pth").read_bytes() == model
+        assert (folder / "model.pth").samefile(version.model)
+        run = client(uri).get_run(found[number].run_id)
+        assert run.data.tags["rwkvflow.run"] == version.record.id
+        assert "evaluate/report.html" in artifacts(uri, run)
+        assert run.data.metrics["evaluate/tuned/loss"] == 2.4
+    assert found[2].tags["gate.verdict"] == "passed"
+
+
+def test_a_version_that_was_deleted_there_is_left_so(root):
+    three_models(root)
+    uri = tracking.uri(root)
+    client(uri).delete_model_version("tuned", "3")
+    write(root / "outputs/evaluate/metrics.json", {"tuned": {"loss": 1.0}})
+    tracking.publish(root, NAMES)
+    assert sorted(v.version for v in client(uri).search_model_versions("name='tuned'")) == [1, 2]
+    assert aliases(uri) == {"champion": 2}
+
+
+def test_an_alias_that_another_machine_has_moved_is_left_to_it(root):
+    known = three_models(root)
+    uri = tracking.uri(root)
+    client(uri).set_registered_model_alias("tuned", "champion", "3")
+    write(root / "outputs/evaluate/metrics.json", {"tuned": {"loss": 1.0}})
+    tracking.publish(root, NAMES)
+    assert aliases(uri)["champion"] == 3
+    known.promote(known.find("1"), None)
+    tracking.publish(root, NAMES)
+    assert aliases(uri)["champion"] == 1
 
 
 def test_two_processes_make_one_run(root):

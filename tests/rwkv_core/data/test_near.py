@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from rwkv_core.data.near import HASHES, TRIED, Index, signature, similarity
+from rwkv_core.data import near
+from rwkv_core.data.binidx import Documents, Writer
+from rwkv_core.data.near import HASHES, TRIED, Index, seen, signature, similarity
 
 
 def copies(rng, tokens, wanted):
@@ -132,3 +134,28 @@ def test_signatures_are_the_same_in_every_process():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
     }
     assert said == {"[302389106, 2063629652, 3531395038]\n"}
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Held-out documents, and a training's: equal to 3 and 7, nearly 5, and rather like 9. 7 is there twice."""
+    rng = np.random.default_rng(3)
+    held = [rng.integers(1, 65536, 100) for _ in range(12)]
+    held[11] = held[7]
+    near_5, near_9 = held[5].copy(), held[9].copy()
+    near_5[95:] = 1
+    near_9[70:] = 1
+    others = [rng.integers(1, 65536, 100) for _ in range(40)]
+    for name, documents in {"valid": held, "train": [*others, held[3], held[7], near_5, near_9]}.items():
+        writer = Writer(tmp_path / name)
+        for document in documents:
+            writer.add([*document.tolist(), 0])
+        writer.close()
+    return Documents(tmp_path / "valid"), Documents(tmp_path / "train")
+
+
+@pytest.mark.parametrize(("least", "wanted"), [(None, [3, 7, 11]), (0.8, [3, 5, 7, 11])])
+@pytest.mark.parametrize("together", [7, 1000])
+def test_held_out_documents_that_a_training_has_seen_are_found(least, wanted, together, sides, monkeypatch):
+    monkeypatch.setattr(near, "_INDEXED", together)
+    assert np.flatnonzero(seen(*sides, least)).tolist() == wanted
