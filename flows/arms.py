@@ -253,6 +253,7 @@ class Job:
         begun = state.prepared(arm)
         with experiment.checkout(state.root, arm.name, values, begun=begun) as folder:
             told = {
+                **state.environment,
                 **experiment.environment(folder, arm.name),
                 SWEEP: state.id,
                 SWEEP_NAME: state.sweep.name,
@@ -276,14 +277,15 @@ class State:
     Args:
         root: the working copy.
         sweep: which.
+        environment: variables for the stages, beside this process's own.
 
     Raises:
         InputError: a value of an arm is not valid, all arms looked at before any runs.
         WorldError: another process runs this sweep.
     """
 
-    def __init__(self, root: Path, sweep: Sweep) -> None:
-        self.root, self.sweep, self.arms = root.resolve(), sweep, sweep.arms()
+    def __init__(self, root: Path, sweep: Sweep, environment: Mapping[str, str] | None = None) -> None:
+        self.root, self.sweep, self.arms, self.environment = root.resolve(), sweep, sweep.arms(), environment or {}
         self._folder = main_root(root) / SWEEPS / sweep.name
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._folder / "lock", thread_local=False)
@@ -345,7 +347,7 @@ class State:
             with experiment.checkout(self.root, name, inputs, begun=self._facts["begun"]) as folder:
                 *needs, _ = graph.plan(["train"], folder)
                 for need in needs:
-                    graph.reproduce(need.name, log, root=folder, stop=stop)
+                    graph.reproduce(need.name, log, root=folder, environment=self.environment, stop=stop)
                 self._facts["prepared"][key] = experiment.snapshot(folder)
                 self._keep()
             experiment.remove(self.root, name)

@@ -11,6 +11,7 @@ from flows.environment import set_defaults
 from rwkv_core.errors import InputError
 from tasks import mirror, tracking
 from tasks.mlflow_run import import_mlflow
+from tasks.stage import DATA, OUTPUTS
 
 WORKSPACE = "workspace"
 """What the working copy is called, as in `dvc exp show`."""
@@ -127,14 +128,12 @@ def _in_dvc(root: Path, name: str) -> Run:
     for path, lock in _locks(root, revision):
         for stage, entry in lock.get("stages", {}).items():
             label = stage if path == "dvc.lock" else f"{path.removesuffix('dvc.lock')}dvc.yaml:{stage}"
-            outs = {out["path"]: out for out in entry.get("outs", [])}
             for dep in entry.get("deps", []):
                 digest = str(dep.get("md5") or dep.get("hash") or _ABSENT)[:10]
                 if dep["path"].endswith(".py") or _is_code(root, dep["path"]):
                     run.code[f"{label}: {dep['path']}"] = digest
-                else:
-                    run.data[dep["path"]] = digest
-            run.data |= {out: str(entry.get("md5", _ABSENT))[:10] for out, entry in outs.items() if "/data/" in out}
+                elif Path(dep["path"]).is_relative_to(DATA) or not Path(dep["path"]).is_relative_to(OUTPUTS):
+                    run.data[dep["path"]] = digest  # models that were made here tell nothing that the rest does not
     return run
 
 

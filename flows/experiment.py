@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ EXPERIMENTS = Path(".rwkvflow/experiments")
 
 _PARAMS = "params.yaml"
 _AS_BEGUN, _AS_SAVED = "refs/worktree/begun", "refs/worktree/saved"  # such names are a worktree's own
+_IN_DVC = threading.Lock()  # two threads at once in DVC, and it has called a sound dvc.yaml invalid
 _GIT_PATIENCE = 600.0  # seconds for others that make or remove a checkout at the same time
 
 
@@ -73,7 +75,8 @@ def checkout(root: Path, name: str, overrides: Mapping[str, Any], *, begun: str 
             _make(root, folder, begun)
         with whole_file(folder / _PARAMS) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        _link_inputs(root, folder)
+        with _IN_DVC:
+            _link_inputs(root, folder)
         yield folder
         if _git(folder, "rev-parse", "--verify", "--quiet", _AS_SAVED, check=False):
             with _worktrees(root):
@@ -221,7 +224,8 @@ def _make(root: Path, folder: Path, begun: str) -> None:
         _git(root, "worktree", "add", "--quiet", "--detach", "--no-checkout", str(folder), f"{begun}^")
     _git(folder, "read-tree", "HEAD")
     _git(folder, "restore", "--source", begun, "--worktree", "--", ":/")
-    _configure_dvc(root, folder)
+    with _IN_DVC:
+        _configure_dvc(root, folder)
     _git(folder, "update-ref", _AS_BEGUN, begun)  # last: without it the checkout is not whole
 
 

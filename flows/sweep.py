@@ -2,10 +2,9 @@
 
 import base64
 import contextlib
-import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow, get_run_logger, runtime, task
@@ -47,21 +46,25 @@ def sweep(space: Sweep) -> FlowState[object]:
     log = get_run_logger().info
     inherited = {"PREFECT_LOGGING_TO_API_ENABLED": "false", NESTED: str(runtime.flow_run.id)}
 
+    futures = []
+
     def start(job: arms.Job) -> None:
-        _arm.with_options(task_run_name=f"{job.arm.name} {job.halt or 'to the end'}").submit(job)
+        futures.append(_arm.with_options(task_run_name=f"{job.arm.name} {job.halt or 'to the end'}").submit(job))
 
     try:
         if runtime.deployment.id is not None:  # it comes of a form
             _confine(space, root)
-        with _variables(inherited), arms.State(root, space) as state:
+        with arms.State(root, space, inherited) as state:
             told = arms.run(state, start, log, _Watch(watch=runtime.deployment.id is None), stop)
             table, chart = publish(root, state, told)
     except (KeyboardInterrupt, TerminationSignal):
         stop.set()
+        for future in futures:
+            future.wait()
         if runtime.deployment.id is not None:
             raise  # the runner sent the signal, and records how the run ended
-        return Cancelled(message="stopped by a signal; what ran saves its work")
-    except arms.Stopped as stopped:
+        return Cancelled(message="stopped by a signal; what ran has saved its work")
+    except (arms.Stopped, graph.StoppedError) as stopped:
         return Cancelled(message=str(stopped))
     except (Problem, graph.StageError) as problem:
         return Failed(message=str(problem))
@@ -103,19 +106,6 @@ class _Watch:
             state = client.read_flow_run(runtime.flow_run.id).state
             return state is not None and (state.is_cancelling() or state.is_cancelled())
         return False
-
-
-@contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _conclusion(told: Sequence[Told]) -> FlowState[object]:
