@@ -1,14 +1,12 @@
 """`promote` as a Prefect flow."""
 
 from pathlib import Path
-from typing import Annotated
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from pydantic import Field
 
 from rwkv_core.errors import Problem
 from tasks import params
@@ -32,19 +30,14 @@ def judge(version: str) -> Outcome:
 
 
 @flow(name="promote", persist_result=False)
-def promote(
-    version: Annotated[
-        str,
-        Field(
-            min_length=1,
-            description="Which model: its number, the beginning of its sha256, or candidate, the newest one.",
-        ),
-    ] = "candidate",
-) -> State[object]:
+def promote(version: str = "candidate") -> State[object]:
     """Judge a model against its base and the present champion, by the margins in params.yaml, and let it take the place.
 
     A run that completes as "Promoted" has moved the champion, one that completes as "Refused" has not; its artifact says why.
     Two at once wait for each other.
+
+    Args:
+        version: Which model: its number, the beginning of its sha256, or candidate, the newest one.
     """
     try:
         outcome = judge(version)

@@ -127,7 +127,7 @@ class Checkout:
         tracking.publish(self.root, self.params.tracking)
         return self.registry.find(receipt["merged"]["sha256"])
 
-    def tuned(self, seed: int, *, shuffled: float = 0, steps: int = 40, rows: int = 400) -> Version:
+    def tuned(self, seed: int, *, shuffled: float = 0, steps: int = 80, rows: int = 400) -> Version:
         """Prepare dialogues, train on them, merge and register."""
         self.prepare(dialogues(rows, seed, shuffled=shuffled))
         self.train(self.base, steps, seed)

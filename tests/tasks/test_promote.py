@@ -41,8 +41,8 @@ def base(tmp_path_factory):
 def trained(base, tmp_path_factory):
     """A checkout with a good model, some of whose rows were wrong, and a better one."""
     checkout = Checkout(tmp_path_factory.mktemp("trained"), base)
-    checkout.good = checkout.tuned(1, shuffled=0.4, steps=60)
-    checkout.better = checkout.tuned(2, steps=80)
+    checkout.good = checkout.tuned(1, shuffled=0.3, steps=120)
+    checkout.better = checkout.tuned(2, steps=100)
     return checkout
 
 
@@ -235,7 +235,7 @@ def test_two_at_once_wait_for_each_other(checkout):
 
 def test_lineage_leads_from_any_file_to_the_rows(checkout):
     ask(checkout, checkout.good)
-    rows = dialogues(400, 1, shuffled=0.4)
+    rows = dialogues(400, 1, shuffled=0.3)
     source = json.loads((checkout.good.folder / stage.MANIFEST).read_text())["source"]
     for name in (
         "1",
