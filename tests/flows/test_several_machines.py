@@ -29,7 +29,7 @@ def project(tmp_path_factory):
 
 
 def test_the_pods_of_the_job_train_together_and_dvc_knows(project):
-    _, job = YAML(typ="safe").load_all(ROOT / "deploy/kubernetes/train.yaml")
+    _, job = YAML(typ="safe").load_all(ROOT / "deploy/kubernetes-train.yaml")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     variables = {entry["name"]: entry["value"] for entry in container["env"]}
     assert job["spec"]["completions"] == int(variables["MACHINES"]) == DDP["nodes"]
