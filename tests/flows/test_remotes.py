@@ -9,9 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import servers
-from miniature import wait_until
+from miniature import processes_in, wait_until
 from project import Project, make, write_base
 from ruamel.yaml import YAML
 
@@ -49,9 +50,12 @@ def queued(project):
         return not re.search(r"Queued|Running", project.queue)
 
     try:
-        wait_until(over, 600)
+        wait_until(over, 1800)
     finally:
         project.dvc("queue", "stop", "--kill")
+        for process in processes_in(project.root):  # workers end by themselves, but later
+            with contextlib.suppress(psutil.Error):
+                process.kill()
     return project
 
 
