@@ -7,6 +7,7 @@ plain   otherwise: the function is called. Prefect is not even imported, let alo
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -38,6 +39,9 @@ WHOLE_STATE = MERGED / "state.rwkv-flow.pth"
 
 NESTED = "RWKVFLOW_FLOW_RUN"
 """Environment variable that the pipeline flow sets to its own id: the stage is nested in it."""
+
+LAUNCH = "RWKVFLOW_LAUNCH"
+"""Environment variable: what starts the processes of a training on all machines, `srun python` or `torchrun --nnodes 2 ...`."""
 
 Stage = Callable[[], None]
 
@@ -84,6 +88,22 @@ def main(stage: Stage) -> NoReturn:
     except Exception:
         _crash()
     sys.exit(0)
+
+
+def launch(module: str) -> None:
+    """Become what `LAUNCH` says, with `-m module` behind it; return if it says nothing.
+
+    This process is replaced: dvc waits for the launcher, and what stops this stage stops that.
+    """
+    words = shlex.split(os.environ.pop(LAUNCH, ""))
+    if not words:
+        return
+    stop_with_parent()
+    try:
+        os.execvp(words[0], [*words, "-m", module])
+    except OSError as error:
+        print(f"{LAUNCH} = {words[0]}: can't be started ({error.strerror}); correct it", file=sys.stderr)
+        sys.exit(1)
 
 
 def _beside(stage: Stage) -> NoReturn:

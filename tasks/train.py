@@ -314,4 +314,5 @@ def _write_table(path: Path, history: History) -> None:
 
 
 if __name__ == "__main__":
+    stage.launch("tasks.train")
     stage.main(train)

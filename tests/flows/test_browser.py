@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from miniature import free_port, processes_in, wait_until
 from project import Project, make, write_base
-from servers import call, started
+from up import call, started
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING")

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from miniature import free_port, processes_in, wait_until
-from servers import call, started
+from up import call, started
 
 from tasks.stage import answers
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 from miniature import processes_in, wait_until
-from servers import call
+from up import call
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "/rwkv-flow"

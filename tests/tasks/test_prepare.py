@@ -1,70 +1,32 @@
 """The prepare stage on a cluster. What it prepares is tested in tests/rwkv_core/data, what it says in test_stages.py."""
 
-import contextlib
-import os
-import re
-import subprocess
-import sys
-
 import pytest
+import servers
 from project import make
-
-
-@contextlib.contextmanager
-def dask(folder):
-    """A Dask scheduler and a worker, as separate programs; the scheduler's address."""
-    environment = os.environ | {"DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
-    scheduler = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "distributed.cli.dask_scheduler",
-            "--port",
-            "0",
-            "--no-dashboard",
-            "--host",
-            "127.0.0.1",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env=environment,
-    )
-    with scheduler:
-        try:
-            address = next(found[0] for line in scheduler.stderr if (found := re.search(r"tcp://[\d.]+:\d+", line)))
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"],
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env=environment,
-            )
-            with worker:
-                try:
-                    yield address
-                finally:
-                    worker.terminate()
-        finally:
-            scheduler.terminate()
-            scheduler.stderr.close()
 
 
 @pytest.mark.slow
 def test_a_cluster_prepares_the_same_bytes(tmp_path):
+    from distributed import Client
+
     project = make(tmp_path / "project")
     rows = project.root / "mine/corpus.jsonl"
     source = project.root / "mine/source"
     source.mkdir()
-    for i in range(3):  # a shard each
+    for i in range(6):  # a shard each
         (source / f"{i}.jsonl").write_bytes(rows.read_bytes().replace(b"What", b"Who %d" % i))
     project.set(data__source="mine/source")
     project.stage("prepare")
     outputs = project.root / "outputs/data"
     alone = {file.name: file.read_bytes() for file in outputs.iterdir()}
-    with dask(project.root) as address:
+    with servers.dask(project.root, workers=2) as address, Client(address, timeout=servers.PATIENCE) as client:
+        client.wait_for_workers(2, timeout=servers.PATIENCE)
         project.set(data__cluster=address)
         said = project.stage("prepare", PYTHONPATH=str(project.root)).stdout
-    assert "prepared 180 rows of 3 files" in said
+        counts = client.run(lambda dask_worker: dask_worker.state.executed_count)
+    assert "prepared 360 rows of 6 files" in said
+    assert sum(counts.values()) >= 6
+    assert min(counts.values()) > 0  # both took part
     assert {file.name: file.read_bytes() for file in outputs.iterdir()} == alone
 
 
