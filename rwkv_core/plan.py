@@ -393,7 +393,8 @@ def solve(base: Base, settings: Settings, room: Room) -> tuple[Settings, Plan] |
 
 def _first_that_fits(base: Base, ways: Sequence[Settings], room: Room) -> tuple[Settings, Plan] | None:
     """Of settings that take less and less: a few are planned, not each."""
-    best, low, high = None, 0, len(ways) - 1
+    best: tuple[Settings, Plan] | None = None
+    low, high = 0, len(ways) - 1
     place = high
     while low <= high:
         found = predict(base, ways[place], room)
