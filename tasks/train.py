@@ -61,7 +61,8 @@ def train() -> None:
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
-    tracking.load_libraries()
+    if not here.rank:  # the others send nothing
+        tracking.load_libraries()
     predicted = plan.preflight(
         plan.base_in(params.model.base, params.model.head_size_divisor),
         plan.Settings(
