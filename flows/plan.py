@@ -1,5 +1,6 @@
 """`rwkvflow plan`: what a run will take, as a table or as JSON."""
 
+import importlib
 import json
 import math
 import re
@@ -15,7 +16,8 @@ from rwkv_core.data.order import Part
 from rwkv_core.data.rows import rows
 from rwkv_core.data.sampling import Extent, extent
 from rwkv_core.errors import InputError
-from tasks import params, stage
+from rwkv_core.training import parallel
+from tasks import params, stage, tracking
 
 
 def size(text: str) -> int:
@@ -37,9 +39,13 @@ def show(gpu_memory: str | None, shape: str | None, *, as_json: bool, solve: boo
         InputError: a setting, the checkpoint or an option can't be used; or, with `solve`, nothing fits.
     """
     given = params.load()
+    importlib.import_module("tasks.train")  # as training would: what that takes is in this process's memory
+    tracking.load_libraries()
     room = plan.here(size(gpu_memory) if gpu_memory else None)
     base = plan.base_named(shape) if shape else plan.base_in(given.model.base, given.model.head_size_divisor)
     settings, reads = plan.Settings(given.model, given.adapter, given.train, given.seed), None
+    shared = given.train.parallel
+    settings = replace(settings, world=parallel.devices(shared) * shared.nodes)
     if (stage.DATA / "train.idx").exists():
         documents = Documents(stage.DATA / "train")
         settings = replace(settings, row=plan.longest(documents, given.train))
@@ -78,6 +84,7 @@ def _report(
         "model": f"RWKV-{s.version}, {s.n_layer} layers of {s.n_embd}, {found.parameters} parameters: {base.name}",
         "trained": found.trained,
         "device": found.room.kind,
+        "processes": settings.world,
         "terms": found.terms,
         "peak": found.peak,
         "room": found.room.bytes,
@@ -95,6 +102,8 @@ def _report(
 
 def _print(report: dict[str, Any], console: Console) -> None:
     console.print(report["model"])
+    if report["processes"] > 1:
+        console.print(f"one of {report['processes']} processes")
     table = Table()
     table.add_column("memory at the peak")
     table.add_column("", justify="right")

@@ -71,7 +71,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.rwkv.head_loss.default:
             self._within(scratch(args[0], args[1])[1])
         self.trace.operations.append(len(self.trace.events))
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            mask = args[1][0]  # how many it lets through is decided by values: all of them at most
+            result = args[0].reshape(mask.numel(), *args[0].shape[mask.ndim :]).clone()
+        else:
+            result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()

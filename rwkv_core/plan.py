@@ -7,7 +7,7 @@ Nothing of a checkpoint is loaded but its names, shapes and dtypes. What a step 
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +131,8 @@ class Settings:
     seed: int = 0
     row: int | None = None
     """Tokens of the longest row, where the data is known to have none of ctx_len."""
+    world: int = 1
+    """Processes that share the run."""
 
     @property
     def segment(self) -> int:
@@ -157,6 +159,8 @@ class Plan:
     """Values of the model itself."""
     disk: dict[str, int]
     """Bytes by file."""
+    processes: int = 1
+    """That take as much each, of the same room: those of a run on this machine's CPU."""
 
     @property
     def peak(self) -> int:
@@ -171,7 +175,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether it fits."""
-        return self.peak <= self.room.bytes
+        return self.peak * self.processes <= self.room.bytes
 
 
 _BESIDE_TENSORS = ("GPU context", "GPU allocator")
@@ -227,6 +231,8 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         "states between rows": 4 * state * (train.micro_batch * train.accumulate if train.carry_state else 0),
         "states between segments": 4 * state * train.micro_batch * (segments - 1),
     }
+    if train.parallel.shares:
+        _share(terms, model, settings)
     step = sum(terms.values())
     saved = ours + moments
     if room.kind == "cpu":
@@ -241,7 +247,46 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         "merged model": base.bytes(parameters),
         "exports": base.bytes(parameters) + 2 * parameters,
     }
-    return Plan({n: size for n, size in terms.items() if size}, room, sum(map(Tensor.numel, trained)), parameters, disk)
+    beside = max(1, settings.world // train.parallel.nodes) if room.kind == "cpu" else 1
+    kept = {name: size for name, size in terms.items() if size}
+    return Plan(kept, room, sum(map(Tensor.numel, trained)), parameters, disk, beside)
+
+
+LIVE = 1_000_000_000
+"""Values that stage 3 has whole at most on each process, as it was not told otherwise (stage3_max_live_parameters)."""
+
+
+def _share(terms: dict[str, int], model: RWKV, settings: Settings) -> None:
+    """Change what one process would take alone into what each of several does that have a share.
+
+    By arithmetic, not by a trace: what their libraries allocate has no fake form. Sources: Rajbhandari et al. 2020, ZeRO,
+    arXiv:1910.02054; deepspeed 0.19.8, stage_1_and_2.py and stage3.py; torch 2.13, FullyShardedDataParallel.
+    """
+    p, world = settings.train.parallel, settings.world
+    half = 2 if p.stage and settings.train.precision in ("bf16", "fp16") else 1
+
+    def share(size: int) -> int:
+        return 0 if p.offloads else math.ceil(size / world)
+
+    if p.stage:  # what its optimizer steps are float32 copies of the parameters' shares
+        terms["master weights"] = share(terms["trained parameters"])
+        terms["buckets"] = 2 * (p.bucket_mb << 20)  # one is filled while the other is sent
+    terms["optimizer moments"] = share(terms["optimizer moments"])
+    terms["trained parameters"] //= half
+    gradients = terms["gradients"] // half
+    terms["gradients"] = share(gradients) + (gradients if p.stage == 1 else 0)
+    if p.shares_parameters:
+        sizes = [sum(x.nbytes for x in (*b.parameters(), *b.buffers())) for b in model.blocks]
+        whole = terms["frozen weights"] + terms["trained parameters"]
+        if p.stage:
+            values = sum(map(Tensor.numel, model.parameters()))
+            gathered = math.ceil(whole * min(1, LIVE / values))
+        else:  # all that is in no block, for the whole pass; a block, and the next one that is fetched meanwhile
+            gathered = whole - sum(sizes) + sum(sorted(sizes)[-2:])
+            terms["gradients"] += max(sum(x.nbytes for x in b.parameters() if x.requires_grad) for b in model.blocks)
+        terms["gathered parameters"] = min(whole, gathered)
+        for name in ("frozen weights", "trained parameters"):
+            terms[name] = share(terms[name])
 
 
 def _moments(model: RWKV, config: OptimizerConfig) -> int:
@@ -338,19 +383,36 @@ def solve(base: Base, settings: Settings, room: Room) -> tuple[Settings, Plan] |
         settings: what was wanted.
         room: what there is.
     """
-    for given in _ways(base, settings):
-        fewest = None
-        for micro_batch in _divisors(settings.train):
-            accumulate = settings.train.micro_batch * settings.train.accumulate // micro_batch
-            train = given.train.model_copy(update={"micro_batch": micro_batch, "accumulate": accumulate})
-            tried = replace(given, train=train)
-            found = predict(base, tried, room)
-            if not found.fits:
-                break
-            fewest = tried, found
-        if fewest is not None:
-            return fewest
+    rows = _divisors(settings.train)
+    for ways in _groups(base, settings):
+        found = _first_that_fits(base, [_in_rows(way, rows[0]) for way in ways], room)
+        if found is not None:
+            return _first_that_fits(base, [_in_rows(found[0], count) for count in reversed(rows)], room)
     return None
+
+
+def _first_that_fits(base: Base, ways: Sequence[Settings], room: Room) -> tuple[Settings, Plan] | None:
+    """Of settings that take less and less: a few are planned, not each."""
+    best: tuple[Settings, Plan] | None = None
+    low, high = 0, len(ways) - 1
+    place = high
+    while low <= high:
+        found = predict(base, ways[place], room)
+        if found.fits:
+            best, high = (ways[place], found), place - 1
+        elif best is None:
+            return None
+        else:
+            low = place + 1
+        place = (low + high) // 2
+    return best
+
+
+def _in_rows(settings: Settings, micro_batch: int) -> Settings:
+    """The same steps, with other rows at a time."""
+    rows = settings.train.micro_batch * settings.train.accumulate
+    sizes = {"micro_batch": micro_batch, "accumulate": rows // micro_batch}
+    return replace(settings, train=settings.train.model_copy(update=sizes))
 
 
 def _divisors(train: TrainConfig) -> list[int]:
@@ -359,8 +421,8 @@ def _divisors(train: TrainConfig) -> list[int]:
     return [count for count in range(1, train.micro_batch + 1) if rows % count == 0]
 
 
-def _ways(base: Base, settings: Settings) -> Iterator[Settings]:
-    """Settings that take less and less, but for the rows at a time."""
+def _groups(base: Base, settings: Settings) -> Iterator[list[Settings]]:
+    """Settings that take less and less, but for the rows at a time; within a group only the segments become shorter."""
     forms: list[Form] = [settings.model.quantize]
     if forms == ["none"] and _may_pack(base, settings):
         forms += PACKED
@@ -372,8 +434,7 @@ def _ways(base: Base, settings: Settings) -> Iterator[Settings]:
     for form in forms:
         model = settings.model.model_copy(update={"quantize": form})
         for again in dict.fromkeys((context.grad_cp, True)):
-            for row in rows:
-                yield replace(settings.spared(segment=row, grad_cp=again), model=model)
+            yield [replace(settings.spared(segment=row, grad_cp=again), model=model) for row in rows]
 
 
 def _may_pack(base: Base, settings: Settings) -> bool:

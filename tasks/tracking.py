@@ -6,6 +6,7 @@ The record and the metrics are files (tasks/record.py, metrics.jsonl). `Live` co
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -46,6 +47,14 @@ def uri(root: Path | None = None) -> str:
         root: a checkout; the current folder if None.
     """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_root(root or Path.cwd()) / 'mlflow.db'}"
+
+
+def load_libraries() -> None:
+    """Import what `Live` will: who asks afterwards how much memory this process has taken is told of that too."""
+    with contextlib.suppress(Exception):  # MLflow can't be imported, as the sender will say
+        import_mlflow()
+        if uri().startswith("sqlite"):
+            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 class Live:

@@ -62,14 +62,20 @@ def train() -> None:
     folder = main_root(Path.cwd()) / tracking.RUNS / digest
     folder.mkdir(parents=True, exist_ok=True)
 
-    predicted = None
-    if not params.train.parallel.shares:  # of shares there is no plan yet
-        row = plan.longest(Documents(stage.DATA / "train"), params.train)
-        predicted = plan.preflight(
-            plan.base_in(params.model.base, params.model.head_size_divisor),
-            plan.Settings(params.model, params.adapter, params.train, params.seed, row),
-            plan.here(),
-        )
+    if not here.rank:  # the others send nothing
+        tracking.load_libraries()
+    predicted = plan.preflight(
+        plan.base_in(params.model.base, params.model.head_size_divisor),
+        plan.Settings(
+            params.model,
+            params.adapter,
+            params.train,
+            params.seed,
+            plan.longest(Documents(stage.DATA / "train"), params.train),
+            here.world,
+        ),
+        plan.here(),
+    )
     # an adapter leaves the base as it is, so bf16 training can hold it in bf16; the adapter itself is float32
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
     model = models.load(params.model.base, dtype=dtype, **params.model.how())

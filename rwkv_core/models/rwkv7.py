@@ -129,8 +129,8 @@ class WholeModel:
             m for b in layers for m in (b.att.receptance, b.att.key, b.att.value, b.att.output, b.ffn.key, b.ffn.value)
         ]
         self.parameters: list[Parameters] = []
-        """Of each block; none if an adapter stands in the place of a matrix."""
-        if all(type(m) is Linear for m in matrices):
+        """Of each block; none if an adapter stands in the place of a matrix, or who listens has perhaps taken them (ZeRO 3)."""
+        if all(type(m) is Linear for m in matrices) and not any(self._listeners):
             self.parameters = [Parameters(dict(b.named_parameters()), b.ln1.eps, b.att.ln_x.eps) for b in layers]
 
     def holds(self) -> bool:

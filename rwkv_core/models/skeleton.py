@@ -250,6 +250,7 @@ class RWKV(nn.Module, ABC):
         return [
             {"params": params, "lr": rate * lr, "weight_decay": wd} | ({"muon": apart} if muon else {})
             for (rate, wd, apart), params in groups.items()
+            if params
         ]
 
     @torch.no_grad()

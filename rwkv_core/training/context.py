@@ -145,9 +145,12 @@ class Sweep:
     ) -> tuple[State, list[Tensor | None]]:
         """Segments from cut to cut: the state after the last, and the gradients of that before the first."""
         borders = [_detached(state)]
+        places: list[State] = []
         with torch.no_grad():
-            for number, segment in numbered[:-1]:
-                borders.append(_detached(self._run(number, segment, borders[-1])[1]))
+            for count, (number, segment) in enumerate(numbered[:-1]):
+                after = self._run(number, segment, borders[-1])[1]
+                places = places or _places(after, len(numbered) - 1)
+                borders.append(_copied(after, places[count]))
         last: State | None = None
         back: list[Tensor | None] = []
         for number, segment in reversed(numbered):
@@ -228,6 +231,24 @@ def _unheard(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def _flat(state: State) -> list[Tensor]:
     return [x for block in state for x in block]
+
+
+def _places(state: State, count: int) -> list[State]:
+    """Room for `count` states such as this one.
+
+    All of it at once: each state made by itself would lie between what the segment around it has freed, and the next segment
+    would not fit there. The heap would grow by several activations a segment.
+    """
+    rooms = [[x.new_empty(count, *x.shape) for x in block] for block in state]
+    return [[BlockState(*(room[i] for room in block)) for block in rooms] for i in range(count)]
+
+
+def _copied(state: State, place: State) -> State:
+    """The state, in a place for it."""
+    for block, room in zip(state, place, strict=True):
+        for x, to in zip(block, room, strict=True):
+            to.copy_(x)
+    return place
 
 
 def _detached(state: State) -> State:

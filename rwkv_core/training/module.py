@@ -151,7 +151,9 @@ class Training(pl.LightningModule):
         if not groups:  # a sum of nothing, whose gradient is 0 for all: as of rows of which nothing is learned
             return torch.stack([p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad]).sum()
         weight = batch.step_weight or 1  # 0, where the step has nothing to learn
-        if size is None or (len(groups) == 1 and groups[0].inputs.shape[1] <= size):
+        # DeepSpeed adds up the ranks' gradients in the order they are found in, which in a sweep is another: all do, or none
+        short = len(groups) == 1 and groups[0].inputs.shape[1] <= (size or 0) and not self._in_step_with_others
+        if size is None or short:
             loss = self._head_loss(*self._read(groups, self._lanes))
         else:
             loss = self._swept(groups, size, 1 / weight)

@@ -1,6 +1,7 @@
 """What a run takes: exact where it can be, near what is measured elsewhere, and settings that fit."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
         with pytest.raises(InputError, match=re.escape(refused.rule)):
             plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
         return
-    if adapter.kind == "peft" or any("[" in name for name in adapter.also):  # these need values
+    if adapter.kind == "peft":  # it needs values
         with pytest.raises(plan.Unplanned):
             plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
         assert plan.preflight(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD) is None
@@ -151,6 +152,53 @@ def test_solve_packs_and_cuts_only_where_it_must(base):
     assert cut[0].train.context.segment == 512
     assert plan.changes(long, cut[0]) == {"train.context.segment": 512}
     assert plan.solve(wide, settings(FULL, micro_batch=1), plan.Room("cuda", 1 << 20, 0)) is None
+
+
+def test_what_can_not_fit_is_found_out_soon(base, monkeypatch):
+    """One plan for each way to pack and to make blocks again, whatever the segments and rows."""
+    asked, predict = [], plan.predict
+    monkeypatch.setattr(plan, "predict", lambda *given: asked.append(given) or predict(*given))
+    assert plan.solve(base, settings(micro_batch=8, ctx_len=4096), plan.Room("cuda", 1 << 20, 0)) is None
+    assert len(asked) == 2 * (1 + len(plan.PACKED))
+
+
+@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", *(f"deepspeed_stage_{s}" for s in ("1", "2", "2_offload", "3", "3_offload"))]
+)
+def test_a_process_has_its_share(base, adapter, strategy):
+    """Bytes of parameters, gradients and the optimizer, as the table in docs/several-devices.md has them."""
+    alone = plan.predict(base, settings(adapter), CARD).terms
+    shared = {"parallel": {"strategy": strategy, "devices": 4, "nodes": 1, "bucket_mb": 3}}
+    found = plan.predict(base, replace(settings(adapter, **shared), world=4), CARD).terms
+    stage, offload = 3 if strategy == "fsdp" else int(strategy.split("_")[2]), strategy.endswith("offload")
+
+    def share(size, since):
+        return size if stage < since else 0 if offload else -(-size // 4)
+
+    trained = alone["trained parameters"]
+    assert found.get("optimizer moments", 0) == share(alone["optimizer moments"], 1)
+    assert found.get("trained parameters", 0) == share(trained, 3)
+    assert found.get("frozen weights", 0) == share(alone.get("frozen weights", 0), 3)
+    assert found.get("kept for the backward") == alone["kept for the backward"]
+    if strategy == "fsdp":
+        assert 0 < found["gathered parameters"] < trained + alone.get("frozen weights", 0)
+        assert "buckets" not in found
+        return
+    whole = alone["gradients"]
+    assert found.get("gradients", 0) == share(whole, 1) + (whole if stage == 1 else 0)
+    assert found.get("master weights", 0) == share(trained, 1)
+    assert found["buckets"] == 2 * 3 << 20
+    assert found.get("gathered parameters", 0) == (trained + alone.get("frozen weights", 0) if stage == 3 else 0)
+
+
+def test_processes_on_one_machine_share_its_memory(base):
+    shared = settings(parallel={"strategy": "ddp", "devices": 2, "nodes": 1, "bucket_mb": 25})
+    peak = plan.predict(base, shared, HERE).peak
+    one, two = (plan.predict(base, replace(shared, world=n), replace(HERE, bytes=peak)) for n in (1, 2))
+    assert one.fits
+    assert not two.fits
+    assert plan.predict(base, replace(shared, world=2), plan.Room("cpu", 2 * peak, HERE.process)).fits
 
 
 def test_a_shape_has_a_form():

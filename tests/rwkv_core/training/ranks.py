@@ -1,7 +1,7 @@
 """Some runs, shared by as many processes as torchrun has started. Started by test_parallel.py: ranks.py FOLDER.
 
 Reads FOLDER/base.pth, FOLDER/data and FOLDER/runs.json; each run leaves <name>.pth and <name>.json. A run may `stop` at a
-step, as if signalled, and be started again.
+step, as if signalled, and be started again. With DS_ACCELERATOR=cpu, DeepSpeed and FSDP run without a card.
 """
 
 import json
@@ -25,6 +25,11 @@ from rwkv_core.training.parallel import Ranks
 folder = Path(sys.argv[1])
 here = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 torch.set_num_threads(1)
+
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    import without_card
+
+    without_card.allow()
 
 
 def run(name, settings, method, stop):

@@ -449,7 +449,7 @@ def peak(tokens, **given):
 
 @pytest.mark.slow
 def test_memory_is_flat_in_the_length_of_the_row():
-    """From 8 to 64 segments it grows by the states at the borders, 4 MB, and what the heap scatters; one graph by far more."""
+    """From 8 to 64 segments it grows by the states at the borders, 4 MB, and little else; one graph by far more."""
     few, many, whole = peak(8 * 512, segment=512), peak(64 * 512, segment=512), peak(64 * 512)
     assert many - few < 50
     assert whole - many > 2 * (many - few)

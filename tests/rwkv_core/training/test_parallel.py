@@ -292,13 +292,13 @@ def settings(world, micro_batch, accumulate, strategy=None, **changes):
     )  # fmt: skip
 
 
-def start(folder, world, runs):
+def start(folder, world, runs, **variables):
     """Do these runs in so many processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), SCRIPT, folder]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
@@ -351,6 +351,33 @@ def test_two_processes_learn_what_one_does(prepared):
             assert found[3] == 4
             assert found[1] == same[1]
             assert all(torch.equal(x, same[0][key]) for key, x in found[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_share_each_learn_what_one_device_does(prepared):
+    """DeepSpeed and FSDP, on the CPU: with accumulation, a threshold below the norm, and checkpoints that both go on from."""
+    pytest.importorskip("deepspeed")
+    given = {"optimizer": {"grad_clip": 0.05}, "steps": 6, "epochs": None}
+    kinds = {
+        "lora": {"method": METHODS["lora"]} | given,
+        "full": {"method": METHODS["full"]} | given,
+        "segments": {"method": METHODS["lora"], "context": {"segment": 5}} | given,
+    }
+    runs = [
+        ("deepspeed_stage_1", "full", 4), ("deepspeed_stage_2", "segments", None), ("deepspeed_stage_2", "lora", 4),
+        ("deepspeed_stage_3", "full", None), ("deepspeed_stage_3", "lora", 4), ("fsdp", "lora", 4),
+    ]  # fmt: skip
+    alone = start(prepared, 1, [one(kind, world=1, micro_batch=6, accumulate=1, **of) for kind, of in kinds.items()])
+    asked = [
+        one(f"{strategy} {kind}", world=2, micro_batch=1, accumulate=3, strategy=strategy, stop=stop, **kinds[kind])
+        for strategy, kind, stop in runs
+    ]
+    both = start(prepared, 2, asked, DS_ACCELERATOR="cpu")
+    assert all(row["grad_norm"] > 0.05 for found in alone.values() for row in found[1]["train"].values())
+    for strategy, kind, stop in runs:
+        found = both[f"{strategy} {kind}"]
+        agree(alone[kind], found, rel=1e-3)
+        assert found[3] == (stop or 0)
 
 
 @pytest.mark.gpu
