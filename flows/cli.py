@@ -26,12 +26,16 @@ def rwkvflow() -> None:
 def up(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Where Prefect listens.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Where MLflow listens.")] = 5000,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at. Beyond this machine the servers ask for a password.")
+    ] = "127.0.0.1",
 ) -> None:
     """Start Prefect, MLflow and the deployments on this machine; Ctrl+C stops them."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
 
+    from flows import access
     from flows import up as servers
     from flows.environment import LOGS
     from tasks.record import main_root
@@ -44,10 +48,12 @@ def up(
         lines.add_row("Prefect", prefect, "start runs, watch them, cancel them")
         lines.add_row("MLflow", mlflow, "compare what they measured")
         lines.add_row("logs", str(main_root(root) / LOGS), "")
+        if not access.is_loopback(host):
+            lines.add_row("user", access.USER, f"the password is in {access.VARIABLE}, or else in {access.FILE}")
         console.print(Panel(lines, title="rwkvflow", subtitle="Ctrl+C stops everything", expand=False))
 
     console.print("Starting Prefect and MLflow; the first time takes up to a minute …")
-    servers.up(root, prefect_port, mlflow_port, announce)
+    servers.up(root, prefect_port, mlflow_port, announce, console.print, host)
     console.print("Stopped.")
 
 

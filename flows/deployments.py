@@ -2,6 +2,8 @@
 
 import asyncio
 import signal
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -13,14 +15,18 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.runner import Runner
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
+from flows import slots
+from flows.life import FOLDER
 from flows.pipeline import pipeline
+from flows.reconcile import ABANDONED, LIVE, reconcile
+from tasks.record import main_root
 
 NAME = "local"
+_RECONCILE = 15.0  # seconds
 
 
 class _Runner(Runner):
@@ -45,27 +51,42 @@ async def _serve() -> None:
         pipeline,
         name=NAME,
         description="The DVC pipeline of this checkout.",
-        concurrency_limit=ConcurrencyLimitConfig(
-            limit=1,  # two trainings would not fit one card; the second waits
-            collision_strategy=ConcurrencyLimitStrategy.ENQUEUE,
-        ),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     await _close_abandoned(deployment)
-    await runner.start()
+    with get_client(sync_client=True) as client:
+        slots.create(client)
+    reconciling = asyncio.create_task(_reconcile())
+    try:
+        await runner.start()
+    finally:
+        reconciling.cancel()
 
 
 async def _close_abandoned(deployment: UUID) -> None:
-    """Runs whose runner ended without a word, as in a power cut, would go on "running", and hold up those that wait."""
-    live = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    """Runs whose process never came to be, for the runner ended just then, would go on "pending"."""
+    root = main_root(Path.cwd())
     async with get_client() as client:
-        abandoned = await client.read_flow_runs(
+        found = await client.read_flow_runs(
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=live))),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE))),
         )
-        for run in abandoned:
-            message = "the program that ran it ended without a word; start it again, and training continues"
-            await client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+        for run in found:
+            if not (root / FOLDER / f"{run.id}.json").exists():  # else `reconcile` knows whether it lives
+                await client.set_flow_run_state(run.id, Crashed(message=ABANDONED), force=True)
+
+
+async def _reconcile() -> None:
+    """Close, now and then, flow runs whose process has died: of this runner's, of one before it, and those started by hand."""
+    while True:
+        with suppress(Exception):  # the server is away: next time
+            await asyncio.to_thread(_reconcile_once)
+        await asyncio.sleep(_RECONCILE)
+
+
+def _reconcile_once() -> None:
+    with get_client(sync_client=True) as client:
+        reconcile(client, Path.cwd())
 
 
 def main() -> None:

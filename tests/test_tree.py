@@ -21,7 +21,9 @@ MAY_IMPORT = {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",
         "wandb",
     },
-    "flows": {"tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow"},
+    "flows": {
+        "tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow", "pynvml",
+    },
     "demo": {"tasks", "rwkv_core", "torch", "pydantic"},
 }  # fmt: skip
 
