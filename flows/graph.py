@@ -4,6 +4,7 @@ All of it works in the current folder, which must be the repository's root: DVC 
 """
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ PATIENCE = 900.0
 """Seconds that a stage which was asked to stop may take to save, before it is killed."""
 
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+_TORN = "Unable to read RWLock-file"
 _BUSY_WAIT = 5.0  # seconds
 _POLL = 0.1  # seconds
 _LOG_LIMIT = 10_000_000  # bytes; a larger log makes room for a new one
@@ -166,6 +168,10 @@ def reproduce(
             return attempt.outcome
         if stop.is_set():
             raise StoppedError(attempt.last_words() or f"{stage}: stopped before it had begun")
+        if attempt.torn:
+            log(f"{stage}: a dvc was killed while it wrote its locks; they are made anew")
+            _mend_locks()
+            continue
         if not attempt.busy:
             raise attempt.failure(code)
         if not waiting:
@@ -252,6 +258,10 @@ class _Attempt:
     def busy(self) -> bool:
         return any(sign in error for sign in _BUSY for error in self.errors)
 
+    @property
+    def torn(self) -> bool:
+        return any(_TORN in error for error in self.errors)
+
     def last_words(self) -> str:
         """The last thing the stage said in its own name, to the end: `train: ...`; else its last line."""
         words = list(self.words)
@@ -275,6 +285,23 @@ class _Attempt:
                 said.pop()  # the shell's word for it ("Killed"), not the stage's
         last = f", last saying {said[-1].strip()!r}" if said else ""
         return StageError(f"{self.stage}: {how}{last}; its output is in {self.log_file()}", crashed=True)
+
+
+def _mend_locks() -> None:
+    """Remove DVC's record of who reads and writes what, if it is half a file: it says nothing any more, and stops everyone."""
+    from dvc.lock import make_lock
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        record = Path(repo.tmp_dir) / "rwlock"
+        hardlink = repo.config["core"].get("hardlink_lock", False)
+        with make_lock(f"{record}.lock", tmp_dir=repo.tmp_dir, hardlink_lock=hardlink):  # nobody is writing it
+            try:
+                json.loads(record.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return
+            except ValueError:
+                record.unlink()
 
 
 def ask_to_stop(dvc: int, asked: set[int], *, begun: bool) -> None:

@@ -65,6 +65,8 @@ def _close(client: SyncPrefectClient, run: UUID, said: dict[str, Any]) -> bool:
     live = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=LIVE)))
     this = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
     for task in client.read_task_runs(flow_run_filter=this, task_run_filter=live):
+        if task.state is not None and task.state.name == "NotReady":
+            continue  # what it needed failed: that is how such a one ends
         client.set_task_run_state(task.id, _state(said.get("stages", {}).get(task.name)), force=True)
     return wrong
 
