@@ -157,7 +157,7 @@ class Operated:
             "MLflow server": ("mlflow", "server"),
             "deployments": ("flows.deployments",),
             "flow run": ("prefect.engine",),
-            "dvc": ("dvc", "repro"),
+            "dvc": ("dvc", "repro", "train"),
             "train": ("tasks.train",),
             "everything": (),
         }
@@ -221,14 +221,14 @@ def fault(here: Operated, wanted: dict[str, bytes], target: str, delay: float) -
         here: the repository.
         wanted: what it has to come to.
         target: one of `TARGETS`.
-        delay: seconds after the first stage's begin.
+        delay: seconds after it is there, or after the flow run has begun.
 
     Returns:
         What happened, in words.
     """
     here.fresh()
     run = here.ask()
-    here.wait(lambda: here.state(run) == "RUNNING")
+    here.wait(lambda: here.processes(target) if target != "everything" else here.state(run) == "RUNNING")
     time.sleep(delay)
     hit = here.kill(target)
     began = time.monotonic()
@@ -257,7 +257,8 @@ def plan(count: int, seed: int) -> list[tuple[str, float]]:
     draw = random.Random(seed)
     targets = [TARGETS[i % len(TARGETS)] for i in range(count)]
     draw.shuffle(targets)
-    return [(target, draw.uniform(0, 9)) for target in targets]
+    brief = ("dvc", "train")
+    return [(target, draw.uniform(0, 3 if target in brief else 9)) for target in targets]
 
 
 def end_with(number: signal.Signals) -> None:
