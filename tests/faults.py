@@ -145,6 +145,11 @@ class Operated:
             else [(run["name"], run["state_type"]) for run in (*flows, *tasks) if run["state_name"] != "NotReady"]
         )
 
+    def logs(self, run: str) -> list[str]:
+        """Of a flow run."""
+        this = {"flow_run_id": {"any_": [run]}}
+        return [entry["message"] for entry in self.call("/logs/filter", {"logs": this}) or []]
+
     def slots(self) -> dict[str, int] | None:
         """Which are taken; None while the server is away."""
         found = self.call("/v2/concurrency_limits/filter", {})
