@@ -24,6 +24,7 @@ import psutil
 from flows.environment import LOGS
 from flows.lines import Lines
 from rwkv_core.errors import InputError
+from rwkv_core.files import whole_file
 
 PATIENCE = 900.0
 """Seconds that a stage which was asked to stop may take to save, before it is killed."""
@@ -170,8 +171,11 @@ def reproduce(
             raise StoppedError(attempt.last_words() or f"{stage}: stopped before it had begun")
         if attempt.torn:
             log(f"{stage}: a dvc was killed while it wrote its locks; they are made anew")
-            _mend_locks()
+            mend_locks()
             continue
+        if code < 0:
+            with suppress(Exception):  # another dvc has the record: it will do
+                mend_locks()
         if not attempt.busy:
             raise attempt.failure(code)
         if not waiting:
@@ -287,8 +291,12 @@ class _Attempt:
         return StageError(f"{self.stage}: {how}{last}; its output is in {self.log_file()}", crashed=True)
 
 
-def _mend_locks() -> None:
-    """Remove DVC's record of who reads and writes what, if it is half a file: it says nothing any more, and stops everyone."""
+def mend_locks() -> None:
+    """Take what the dead have left out of DVC's record of who reads and writes what.
+
+    A dvc that was killed stays in it until another wants the same file, and then blocks it if its number is some other
+    process's by now. One that was killed while it wrote leaves half a record, which stops everyone.
+    """
     from dvc.lock import make_lock
     from dvc.repo import Repo
 
@@ -297,11 +305,18 @@ def _mend_locks() -> None:
         hardlink = repo.config["core"].get("hardlink_lock", False)
         with make_lock(f"{record}.lock", tmp_dir=repo.tmp_dir, hardlink_lock=hardlink):  # nobody is writing it
             try:
-                json.loads(record.read_text(encoding="utf-8"))
+                held = json.loads(record.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 return
             except ValueError:
                 record.unlink()
+                return
+            reads = {path: [x for x in who if psutil.pid_exists(x["pid"])] for path, who in held["read"].items()}
+            writes = {path: who for path, who in held["write"].items() if who and psutil.pid_exists(who["pid"])}
+            left = {"read": {path: who for path, who in reads.items() if who}, "write": writes}
+            if left != held:
+                with whole_file(record) as temporary:
+                    temporary.write_text(json.dumps(left), encoding="utf-8")
 
 
 def ask_to_stop(dvc: int, asked: set[int], *, begun: bool) -> None:

@@ -98,6 +98,8 @@ def pipeline(targets: list[str] | None = None, force: bool = False, retries: int
     """
     runner, served = os.getppid(), runtime.deployment.id is not None
     life = Life(Path.cwd(), str(runtime.flow_run.id), served=served)
+    with suppress(Exception):  # what is wrong with DVC here, the next line says better
+        graph.mend_locks()
     try:
         stages = graph.plan(targets or [])
     except Problem as problem:
