@@ -124,15 +124,17 @@ def main() -> None:
             flow()
             print(f"{describe()}; load {os.getloadavg()[0]:.0f}; medians of {rounds}\n")
             print("| | wall, s | processors, s |\n| --- | ---: | ---: |")
-            rows = {
-                "`dvc repro`, nothing to do": spent(bare, rounds),
-                "`rwkvflow run`, nothing to do": spent(flow, rounds),
-                f"`dvc repro --force`, {stages} stages": spent(lambda: bare("--force"), rounds),
-                f"`rwkvflow run --force`, {stages} stages": spent(lambda: flow("--force"), rounds),
-            }
-            for row, (wall, processors) in rows.items():
-                print(f"| {row} | {wall:.1f} | {processors:.1f} |")
-            both = [(b - a) / stages for a, b in zip(*(list(rows.values())[i] for i in (2, 3)), strict=True)]
+
+            def row(name: str, run: Any) -> tuple[float, float]:
+                wall, processors = spent(run, rounds)
+                print(f"| {name} | {wall:.1f} | {processors:.1f} |", flush=True)
+                return wall, processors
+
+            row("`dvc repro`, nothing to do", bare)
+            row("`rwkvflow run`, nothing to do", flow)
+            plain = row(f"`dvc repro --force`, {stages} stages", lambda: bare("--force"))
+            shown = row(f"`rwkvflow run --force`, {stages} stages", lambda: flow("--force"))
+            both = [(b - a) / stages for a, b in zip(plain, shown, strict=True)]
             print(f"| what Prefect adds to a stage that runs | {both[0]:.1f} | {both[1]:.1f} |")
             print(f"\nload {os.getloadavg()[0]:.0f}", flush=True)
             waited, others = logging_share(folder, uri)

@@ -131,6 +131,8 @@ def pipeline(targets: list[str] | None = None, force: bool = False, retries: int
         message = "cancelled; what ran has saved its work"
         if cancelled:
             _stop(futures, stop, life)
+    for future in futures.values():
+        future.wait()  # it is done; without this its state would be asked of the server, which may not have heard yet
     states = {name: future.state for name, future in futures.items()}
     end: State[object] = Cancelled(message=message) if cancelled else _conclusion(states)
     ends = {name: reconcile.told(state) for name, state in states.items()}
