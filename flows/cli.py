@@ -29,12 +29,16 @@ def up(
         str | None,
         typer.Option(help="When to retrain on new data: '0 3 * * *'. If none: as the schedule is in the UI."),
     ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at. Beyond this machine the servers ask for a password.")
+    ] = "127.0.0.1",
 ) -> None:
     """Start Prefect, MLflow and the deployments on this machine; Ctrl+C stops them."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
 
+    from flows import access
     from flows import up as servers
     from flows.environment import LOGS
     from tasks.record import main_root
@@ -47,10 +51,12 @@ def up(
         lines.add_row("Prefect", prefect, "start runs, watch them, cancel them")
         lines.add_row("MLflow", mlflow, "compare what they measured")
         lines.add_row("logs", str(main_root(root) / LOGS), "")
+        if not access.is_loopback(host):
+            lines.add_row("user", access.USER, f"the password is in {access.VARIABLE}, or else in {access.FILE}")
         console.print(Panel(lines, title="rwkvflow", subtitle="Ctrl+C stops everything", expand=False))
 
     console.print("Starting Prefect and MLflow; the first time takes up to a minute …")
-    servers.up(root, prefect_port, mlflow_port, announce, retrain_cron)
+    servers.up(root, prefect_port, mlflow_port, announce, console.print, host, retrain_cron)
     console.print("Stopped.")
 
 

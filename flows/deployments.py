@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -18,7 +19,6 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
@@ -27,17 +27,23 @@ from prefect.schedules import Cron
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
-from flows import form
+from flows import form, slots
+from flows.life import FOLDER
 from flows.pipeline import evaluate_only, pipeline
+from flows.promote import promote
+from flows.reconcile import ABANDONED, LIVE, reconcile
 from flows.retrain import retrain
 from flows.sweep import sweep
 from rwkv_core.errors import InputError
+from tasks.record import main_root
 
 NAME = "local"
 """Under which `rwkvflow up` serves them; in a work pool they have the pool's name."""
 
 RETRAIN_CRON = "RWKVFLOW_RETRAIN_CRON"
 """Environment variable by which `rwkvflow up` tells when to retrain; a schedule made in the UI stays where it is not set."""
+
+_RECONCILE = 15.0  # seconds
 
 
 class _Deployment(NamedTuple):
@@ -54,6 +60,9 @@ def _all() -> list[_Deployment]:
         _Deployment(retrain, "The pipeline, if the data is other than it was the last time."),
         _Deployment(evaluate_only, "Judge the model there is; nothing is trained.", form.EVALUATION),
         _Deployment(sweep, "Try many values, each as a DVC experiment."),
+        _Deployment(
+            promote, "Judge a registered model; if it is better than its base and the champion, it is the champion."
+        ),
     ]
 
 
@@ -79,7 +88,13 @@ async def _serve(root: Path) -> None:
         deployment = await runner.aadd_deployment(await _deployment(offered, NAME, os.environ.get(RETRAIN_CRON)))
         await _give_form(deployment, offered, root)
         await _close_abandoned(deployment)
-    await runner.start()  # only now does it ask for work: `rwkvflow up` takes that as a sign that all are there
+    with get_client(sync_client=True) as client:
+        slots.create(client)
+    reconciling = asyncio.create_task(_reconcile())
+    try:
+        await runner.start()  # only now does it ask for work: `rwkvflow up` takes that as a sign that all are there
+    finally:
+        reconciling.cancel()
 
 
 async def _deployment(offered: _Deployment, name: str, retrain_cron: str | None) -> RunnerDeployment:
@@ -97,10 +112,6 @@ async def _deployment(offered: _Deployment, name: str, retrain_cron: str | None)
         name=name,
         description=offered.description,
         schedules=schedules,
-        concurrency_limit=ConcurrencyLimitConfig(
-            limit=1,  # two trainings would not fit one card; the second waits
-            collision_strategy=ConcurrencyLimitStrategy.ENQUEUE,
-        ),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
@@ -143,16 +154,29 @@ async def register(root: Path, pool: str, folder: str, retrain_cron: str | None)
 
 
 async def _close_abandoned(deployment: UUID) -> None:
-    """Runs whose runner ended without a word, as in a power cut, would go on "running", and hold up those that wait."""
-    live = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    """Runs whose process never came to be, for the runner ended just then, would go on "pending"."""
+    root = main_root(Path.cwd())
     async with get_client() as client:
-        abandoned = await client.read_flow_runs(
+        found = await client.read_flow_runs(
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=live))),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE))),
         )
-        for run in abandoned:
-            message = "the program that ran it ended without a word; start it again, and training continues"
-            await client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+        for run in found:
+            if not (root / FOLDER / f"{run.id}.json").exists():  # else `reconcile` knows whether it lives
+                await client.set_flow_run_state(run.id, Crashed(message=ABANDONED), force=True)
+
+
+async def _reconcile() -> None:
+    """Close, now and then, flow runs whose process has died: of this runner's, of one before it, and those started by hand."""
+    while True:
+        with suppress(Exception):  # the server is away: next time
+            await asyncio.to_thread(_reconcile_once)
+        await asyncio.sleep(_RECONCILE)
+
+
+def _reconcile_once() -> None:
+    with get_client(sync_client=True) as client:
+        reconcile(client, Path.cwd())
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """DVC's graph of stages, and one stage brought up to date, in a repository's root: DVC names stages as seen from there."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -21,12 +22,14 @@ import psutil
 from flows.environment import LOGS
 from flows.lines import Lines
 from rwkv_core.errors import InputError, WorldError
+from rwkv_core.files import whole_file
 from tasks.record import main_root
 
 PATIENCE = 900.0
 """Seconds that a stage which was asked to stop may take to save, before it is killed."""
 
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+_TORN = "Unable to read RWLock-file"
 _BUSY_WAIT = 5.0  # seconds
 _POLL = 0.1  # seconds
 _LOG_LIMIT = 10_000_000  # bytes; a larger log makes room for a new one
@@ -218,6 +221,19 @@ def fetch(path: Path, log: Callable[[str], None]) -> None:
             raise WorldError(f"dvc {' '.join(command)}", f"did not succeed: {why}", remedy)
 
 
+def is_current(stage: str) -> bool:
+    """Whether `dvc repro` would have nothing to do for the stage. Asked in this process, it takes tenths of a second.
+
+    False also where that can't be said now: another dvc holds the lock, or DVC has something to complain of.
+    """
+    from dvc.repo import Repo, lock_repo
+
+    with suppress(Exception), Repo() as repo, lock_repo(repo):
+        (found,) = repo.stage.collect(stage)
+        return not found.changed()
+    return False
+
+
 def reproduce(
     stage: str,
     log: Callable[[str], None],
@@ -257,6 +273,13 @@ def reproduce(
             return attempt.outcome
         if stop.is_set():
             raise StoppedError(attempt.last_words() or f"{stage}: stopped before it had begun")
+        if attempt.torn:
+            log(f"{stage}: a dvc was killed while it wrote its locks; they are made anew")
+            mend_locks()
+            continue
+        if code < 0:
+            with suppress(Exception):  # another dvc has the record: it will do
+                mend_locks()
         if not attempt.busy:
             raise attempt.failure(code)
         if not waiting:
@@ -350,6 +373,10 @@ class _Attempt:
     def busy(self) -> bool:
         return any(sign in error for sign in _BUSY for error in self.errors)
 
+    @property
+    def torn(self) -> bool:
+        return any(_TORN in error for error in self.errors)
+
     def last_words(self) -> str:
         """The last thing the stage said in its own name, to the end: `train: ...`; else its last line."""
         words = list(self.words)
@@ -373,6 +400,34 @@ class _Attempt:
                 said.pop()  # the shell's word for it ("Killed"), not the stage's
         last = f", last saying {said[-1].strip()!r}" if said else ""
         return StageError(f"{self.stage}: {how}{last}; its output is in {self.log_file()}", crashed=True)
+
+
+def mend_locks() -> None:
+    """Take what the dead have left out of DVC's record of who reads and writes what.
+
+    A dvc that was killed stays in it until another wants the same file, and then blocks it if its number is some other
+    process's by now. One that was killed while it wrote leaves half a record, which stops everyone.
+    """
+    from dvc.lock import make_lock
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        record = Path(repo.tmp_dir) / "rwlock"
+        hardlink = repo.config["core"].get("hardlink_lock", False)
+        with make_lock(f"{record}.lock", tmp_dir=repo.tmp_dir, hardlink_lock=hardlink):  # nobody is writing it
+            try:
+                held = json.loads(record.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return
+            except ValueError:
+                record.unlink()
+                return
+            reads = {path: [x for x in who if psutil.pid_exists(x["pid"])] for path, who in held["read"].items()}
+            writes = {path: who for path, who in held["write"].items() if who and psutil.pid_exists(who["pid"])}
+            left = {"read": {path: who for path, who in reads.items() if who}, "write": writes}
+            if left != held:
+                with whole_file(record) as temporary:
+                    temporary.write_text(json.dumps(left), encoding="utf-8")
 
 
 def ask_to_stop(dvc: int, asked: set[int], *, begun: bool) -> None:

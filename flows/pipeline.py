@@ -3,23 +3,28 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, suppress
+from concurrent.futures import wait
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import Task, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.futures import PrefectConcurrentFuture
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import experiment as experiments
-from flows import form, graph, report
+from flows import form, graph, reconcile, report, slots
+from flows.life import Life
+from flows.progress import Progress
 from rwkv_core.errors import Problem
-from tasks.stage import NESTED
+from tasks.stage import LIFE, NESTED, answers
 
 RUN_NAME = "RWKVFLOW_FLOW_RUN_NAME"
 """Environment variable that tells a stage the name, beside the id, of the flow run it belongs to."""
@@ -55,16 +60,32 @@ def _worth_a_retry(_task: Task[..., object], task_run: TaskRun, state: State[obj
     retry_delay_seconds=RETRY_DELAY,
     retry_condition_fn=_worth_a_retry,
 )
-def reproduce(stage: str, force: bool, stop: threading.Event, grace: float) -> State[object]:
+def reproduce(stage: str, force: bool, stop: threading.Event, grace: float, life: Life) -> State[object]:
     """Bring one stage up to date; the state it ends in says how."""
     environment = {
         NESTED: str(runtime.flow_run.id),
         RUN_NAME: str(runtime.flow_run.name),
+        LIFE: str(life.path),
         "PREFECT_LOGGING_TO_API_ENABLED": "false",  # this task logs what the stage prints: else each line came twice
     }
-    log = get_run_logger().info
+    log, name = get_run_logger().info, graph.short_name(stage)
     try:
-        outcome = graph.reproduce(stage, log, force=force, environment=environment, stop=stop, grace=grace)
+        if not force and graph.is_current(stage):
+            log(f"{stage}: nothing that it depends on has changed")
+            return Completed(name=graph.Outcome.CACHED.value)
+        with ExitStack() as around:
+            if name in slots.STAGES:
+                environment |= around.enter_context(slots.slot(stage, slots.wanted(name), life, stop, log))
+            read = None
+            if name == RESUMES:
+                read = around.enter_context(Progress(Path.cwd(), UUID(environment[NESTED]), UUID(runtime.task_run.id)))
+
+            def tell(line: str) -> None:
+                log(line)
+                if read is not None:
+                    read.read(line)
+
+            outcome = graph.reproduce(stage, tell, force=force, environment=environment, stop=stop, grace=grace)
     except graph.StageError as failure:
         return Failed(message=str(failure), data=failure)
     except graph.StoppedError as stopped:
@@ -167,36 +188,56 @@ def bring_up_to_date(
     Returns:
         The state that the flow run is to end in.
     """
+    runner, served = os.getppid(), runtime.deployment.id is not None
+    life = Life(Path.cwd(), str(runtime.flow_run.id), served=served)
+    with suppress(Exception):  # what is wrong with DVC here, the next line says better
+        graph.mend_locks()
     try:
         stages = graph.plan(targets)
     except Problem as problem:
         return Failed(message=str(problem))
     stop = threading.Event()
-    runner_kills = runtime.deployment.id is not None
-    grace = RUNNER_GRACE if runner_kills else graph.PATIENCE
+    grace = RUNNER_GRACE if served else graph.PATIENCE
     futures: dict[str, _Future] = {}
+
+    def unheard() -> bool:
+        """Whether nobody else watches for a cancel: the run was started by hand, or its runner has died."""
+        return not served or os.getppid() != runner
+
     try:
         for stage in stages:
             run = reproduce.with_options(name=stage.name, task_run_name=stage.name, retries=retries)
             needs = [futures[need] for need in stage.needs]
-            future = run.submit(stage.name, force, stop, grace, wait_for=needs, return_state=False)
+            future = run.submit(stage.name, force, stop, grace, life, wait_for=needs, return_state=False)
             futures[stage.name] = cast(_Future, future)
-        cancelled = _wait(futures, watch=not runner_kills)
+        cancelled = _wait(futures, unheard)
+    except Pause:  # somebody has suspended the run: what runs saves and stops, and Resume starts the flow again
+        _stop(futures, stop, life)
+        raise
     except (KeyboardInterrupt, TerminationSignal):
-        _stop(futures, stop)
-        if runner_kills:
+        _stop(futures, stop, life)
+        if not unheard():
             raise  # the runner sent the signal, and records how the run ended
-        return Cancelled(message="stopped by a signal; what ran has saved its work")
-    if cancelled:
-        _stop(futures, stop)
-        return Cancelled(message="cancelled; what ran has saved its work")
+        cancelled, message = True, "stopped by a signal; what ran has saved its work"
+    else:
+        message = "cancelled; what ran has saved its work"
+        if cancelled:
+            _stop(futures, stop, life)
+    for future in futures.values():
+        future.wait()  # it is done; without this its state would be asked of the server, which may not have heard yet
     states = {name: future.state for name, future in futures.items()}
-    report.publish(stages, states, experiment)
-    return _conclusion(states)
+    end: State[object] = Cancelled(message=message) if cancelled else _conclusion(states)
+    ends = {name: reconcile.told(state) for name, state in states.items()}
+    life.note(ended=True, state=reconcile.told(end), stages=ends)
+    life.await_server(_api(), get_run_logger().warning)
+    if not cancelled:
+        with suppress(Exception):  # the server is away for good: the run is done all the same
+            report.publish(stages, states, experiment)
+    return end
 
 
-def _wait(futures: dict[str, _Future], *, watch: bool) -> bool:
-    """Wait for all stages; returns early, and True, when the flow run is cancelled and `watch` is set.
+def _wait(futures: dict[str, _Future], unheard: Callable[[], bool]) -> bool:
+    """Wait for all stages; returns early, and True, when the flow run is cancelled and nobody else would notice.
 
     A run of a deployment has a runner that watches for a cancel and sends a signal; a run started by hand has nobody.
     """
@@ -204,17 +245,23 @@ def _wait(futures: dict[str, _Future], *, watch: bool) -> bool:
         for future in futures.values():
             while not future.wrapped_future.done():
                 future.wait(timeout=_CANCEL_POLL)
-                with suppress(Exception):  # a server that is away for a moment stops nothing
-                    state = client.read_flow_run(runtime.flow_run.id).state if watch else None
+                if not unheard() or not answers(_api()):  # a server that is away stops nothing
+                    continue
+                with suppress(Exception):
+                    state = client.read_flow_run(runtime.flow_run.id).state
                     if state is not None and (state.is_cancelling() or state.is_cancelled()):
                         return True
     return False
 
 
-def _stop(futures: dict[str, _Future], stop: threading.Event) -> None:
+def _stop(futures: dict[str, _Future], stop: threading.Event, life: Life) -> None:
     stop.set()
-    for future in futures.values():
-        future.wait()
+    wait([future.wrapped_future for future in futures.values()])
+    life.note(ended=True)  # one that is still saving is not to be told a second time
+
+
+def _api() -> str:
+    return str(PREFECT_API_URL.value())
 
 
 def _conclusion(states: dict[str, State[object]]) -> State[object]:

@@ -1,7 +1,9 @@
 """The report that a pipeline run leaves in Prefect: what ran, what was measured, where the rest is."""
 
+import html
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,7 @@ from prefect.client.schemas.objects import State
 
 from flows.graph import Stage
 from tasks.mirror import RUN_TAG
+from tasks.mlflow_run import without_password
 from tasks.record import FILE, circumstances
 from tasks.stage import MANIFEST, OUTPUTS, PREVIEW, answers
 
@@ -38,7 +41,7 @@ def markdown(stages: Sequence[Stage], states: Mapping[str, State[object]], exper
     ]
     tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
     if tracking.startswith("http"):
-        parts.append(f"Training in MLflow: {_run_link(tracking)}")
+        parts.append(f"Training in MLflow: {_run_link(tracking, without_password(tracking))}")
     return "\n\n".join(parts)
 
 
@@ -53,7 +56,7 @@ def _metrics(path: Path) -> str:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        return f"{path.name}: is not JSON: {error}"
+        return _text(f"{path.name}: is not JSON: {error}")
     name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return _table((str(name), "value"), list(_rows(values)))
 
@@ -89,7 +92,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return _text(" ".join(text.split()))
+
+
+def _text(words: str) -> str:
+    """Words as markdown that shows just them: what a file is called, or a stage says in its last line, is no markup."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(words, quote=False))
 
 
 def _commit() -> str:
@@ -99,10 +107,10 @@ def _commit() -> str:
     return f"`{git['commit']}`{', with changes that are not committed' if git['dirty'] else ''}"
 
 
-def _run_link(tracking: str) -> str:
+def _run_link(tracking: str, shown: str) -> str:
     """The page of the run that outputs/train belongs to; of all runs, where MLflow does not know it."""
-    if not answers(tracking):  # MLflow's client would try for minutes
-        return f"[all runs]({tracking})"
+    if not answers(shown):  # MLflow's client would try for minutes
+        return f"[all runs]({shown})"
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -111,6 +119,8 @@ def _run_link(tracking: str) -> str:
         client = MlflowClient(tracking)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         for found in client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{run}'", max_results=1):
-            page = f"{tracking.rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}{_TRAINING_VIEW}"
-            return f"[{found.info.run_name}]({page})"
-    return f"[all runs]({tracking})"
+            page = (
+                f"{shown.rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}{_TRAINING_VIEW}"
+            )
+            return f"[{_text(found.info.run_name or 'run')}]({page})"
+    return f"[all runs]({shown})"

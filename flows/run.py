@@ -11,7 +11,10 @@ from pathlib import Path
 
 from flows.environment import MLFLOW, PREFECT_API, set_defaults
 from flows.graph import ask_to_stop
+from flows.life import told_by
 from flows.signals import stop_on_signal
+from flows.up import addresses
+from rwkv_core.errors import WorldError
 from tasks.stage import answers
 
 STOPPED = 128 + signal.SIGINT
@@ -29,7 +32,7 @@ def run(root: Path, targets: Sequence[str], *, force: bool, say: Callable[[str],
     if not reach(root):
         say(f"No Prefect server answers at {_api()}: running plain `dvc repro`.")
         return _with_dvc(targets, force=force)
-    return _with_prefect(targets, force=force)
+    return _with_prefect(targets, force=force, say=say)
 
 
 def sweep(root: Path, file: Path, slots: int | None, say: Callable[[str], None]) -> int:
@@ -76,6 +79,8 @@ def sweep(root: Path, file: Path, slots: int | None, say: Callable[[str], None])
 def reach(root: Path) -> bool:
     """Set the environment for Prefect's server and MLflow's, if they answer; whether Prefect's does. Before either's import."""
     set_defaults(root)
+    if not os.environ.get("PREFECT_API_URL"):  # a server that a person names has its own password, if any
+        os.environ.update({name: value for name, value in addresses(root).items() if name not in os.environ})
     if not answers(_api()):
         return False
     os.environ["PREFECT_API_URL"] = _api()
@@ -88,13 +93,21 @@ def _api() -> str:
     return os.environ.get("PREFECT_API_URL") or PREFECT_API
 
 
-def _with_prefect(targets: Sequence[str], *, force: bool) -> int:
+def _with_prefect(targets: Sequence[str], *, force: bool, say: Callable[[str], None]) -> int:
+    import httpx
+
     from flows.pipeline import pipeline  # imports Prefect, which reads the environment set above
 
     try:
         state = pipeline(targets=list(targets) or None, force=force, return_state=True)
     except KeyboardInterrupt:  # before the first stage, or twice
         return STOPPED
+    except httpx.TransportError as lost:  # the server is away for good: the run is what its stages have made of it
+        told = told_by(Path.cwd(), os.getpid())
+        if told is None:
+            raise WorldError("the Prefect server", f"must answer, but {lost}", "start it and run again") from lost
+        say(f"The Prefect server is away. The run ended so: {told['name']}. {told['message'] or ''}".strip())
+        return 0 if told["type"] == "COMPLETED" else STOPPED if told["type"] == "CANCELLED" else 1
     if state.is_cancelled():
         return STOPPED
     return 0 if state.is_completed() else 1

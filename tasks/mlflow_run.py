@@ -1,5 +1,6 @@
 """A record's run on an MLflow server: found or made, and told what it lacks. Everything here may be done twice."""
 
+import base64
 import contextlib
 import importlib
 import json
@@ -430,9 +431,10 @@ def peek(uri: str, run_id: str) -> dict[str, str] | None:
             stage = runs[0][0]
         elif uri.startswith(("http://", "https://")):
             query = urllib.parse.urlencode({"run_id": run_id})
-            with urllib.request.urlopen(
-                f"{uri.rstrip('/')}/api/2.0/mlflow/runs/get?{query}", timeout=_PROBE_SECONDS
-            ) as reply:
+            asked = urllib.request.Request(
+                f"{without_password(uri).rstrip('/')}/api/2.0/mlflow/runs/get?{query}", headers=_credentials(uri)
+            )
+            with urllib.request.urlopen(asked, timeout=_PROBE_SECONDS) as reply:
                 run = json.load(reply)["run"]
             rows = [(tag["key"], tag["value"]) for tag in run["data"].get("tags", [])]
             stage = run["info"]["lifecycle_stage"]
@@ -469,6 +471,15 @@ def without_password(uri: str) -> str:
     if "@" not in parts.netloc:
         return uri
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _credentials(uri: str) -> dict[str, str]:
+    """The header of a request to a server that asks who it is, as MLflow's own client makes it."""
+    user, word = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    given = urllib.parse.unquote(urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]) or (
+        f"{user}:{word}" if user and word else ""
+    )
+    return {"Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"} if given else {}
 
 
 def _probe(uri: str) -> None:

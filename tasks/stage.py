@@ -5,17 +5,19 @@ served  PREFECT_API_URL names a server that answers: a flow of one task, visible
 plain   otherwise: the function is called. Prefect is not even imported, let alone a server started.
 """
 
+import fcntl
 import logging
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,10 +45,14 @@ NESTED = "RWKVFLOW_FLOW_RUN"
 LAUNCH = "RWKVFLOW_LAUNCH"
 """Environment variable: what starts the processes of a training on all machines, `srun python` or `torchrun --nnodes 2 ...`."""
 
+LIFE = "RWKVFLOW_LIFE"
+"""Environment variable that names the file which that flow run has locked while its process lives; see flows/life.py."""
+
 Stage = Callable[[], None]
 
 _EX_SOFTWARE = 70  # sysexits.h
 _FIRST_SPEAKS = 5.0  # seconds
+_LOOK = 1.0  # seconds
 
 
 def mounted(root: Path = Path()) -> Path | None:
@@ -64,6 +70,7 @@ def main(stage: Stage) -> NoReturn:
         _beside(stage)
     name = stage.__name__
     stop_with_parent()
+    _stop_with_flow()
     _tell_choices()
     try:
         if NESTED not in os.environ and answers(os.environ.get("PREFECT_API_URL", "")):
@@ -104,6 +111,28 @@ def launch(module: str) -> None:
     except OSError as error:
         print(f"{LAUNCH} = {words[0]}: can't be started ({error.strerror}); correct it", file=sys.stderr)
         sys.exit(1)
+
+
+def _stop_with_flow() -> None:
+    """Be told to stop when the flow run's process dies without a word. dvc, the parent, lives on: it sees the stage fail, and
+    releases its locks.
+    """
+    name = os.environ.get(LIFE)
+    if name is not None:
+        threading.Thread(target=_watch, args=(Path(name),), name="flow run", daemon=True).start()
+
+
+def _watch(life: Path) -> None:
+    with suppress(FileNotFoundError), life.open(encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOOK)
+                continue
+            if '"ended": true' not in file.read():  # else the flow run knows that this stage is still saving
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _beside(stage: Stage) -> NoReturn:

@@ -147,6 +147,28 @@ def test_another_dvc_is_waited_for(repository: Path, monkeypatch: pytest.MonkeyP
     assert outcome == [Outcome.EXECUTED]
 
 
+def test_what_killed_dvcs_have_left_is_taken_away(repository: Path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    record, here = Path(".dvc/tmp/rwlock"), {"pid": os.getpid(), "cmd": "dvc"}
+    dead = {"pid": gone.pid, "cmd": "dvc"}
+    record.write_text(json.dumps({"read": {"a": [dead], "b": [dead, here]}, "write": {"c": dead, "d": here}}))
+    graph.mend_locks()
+    assert json.loads(record.read_text()) == {"read": {"b": [here]}, "write": {"d": here}}
+    for half in ("", '{"read": {'):
+        record.write_text(half)
+        lines: list[str] = []
+        assert graph.reproduce("prepare", lines.append) is Outcome.CACHED
+        assert "prepare: a dvc was killed while it wrote its locks; they are made anew" in lines
+
+
+def test_whether_a_stage_is_current_is_what_dvc_would_say(repository: Path):
+    assert graph.is_current("prepare")
+    assert not graph.is_current("train")
+    Path("source.txt").write_text("2")
+    assert not graph.is_current("prepare")
+
+
 @pytest.mark.slow
 def test_a_wait_can_be_stopped(repository: Path):
     Path("behaviour").write_text("slow")

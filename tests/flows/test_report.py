@@ -67,3 +67,19 @@ def test_the_data_s_lengths_and_faults_are_there(repository: Path, monkeypatch: 
     assert "| tokens up to | documents |\n| --- | --- |\n| 64 | 7 |" in text
     assert "| mojibake | 3 |" in text
     assert f"`{repository / 'outputs/preview/preview.html'}`" in text
+
+
+def test_what_people_and_stages_write_is_no_markup(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    from prefect.states import Failed
+
+    from flows.report import markdown
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
+    evil = "data/<img src=x onerror=alert(1)>|[here](javascript:alert(1))`*.jsonl"
+    metrics = repository / "m.json"
+    metrics.write_text(json.dumps({evil: evil}))
+    text = markdown([Stage("train", (), (metrics,))], {"train": Failed(message=evil)})
+    assert "<img" not in text
+    assert "&lt;img src=x onerror=alert\\(1\\)&gt;\\|\\[here\\]\\(javascript:alert\\(1\\)\\)\\`\\*.jsonl" in text
+    assert "](javascript" not in text.replace("\\]", "")
+    assert "secret" not in text

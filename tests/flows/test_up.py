@@ -35,7 +35,8 @@ def test_up_serves_the_pipeline_and_leaves_nothing_behind(repository: Path):
 
         Path("behaviour").write_text("slow")
         deployment = call(f"{api}/deployments/name/pipeline/local")
-        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        limits = call(f"{api}/v2/concurrency_limits/filter", {})
+        assert ("gpu-0", 1) in [(limit["name"], limit["limit"]) for limit in limits]
         asked = call(f"{api}/deployments/{deployment['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
         run = f"{api}/flow_runs/{asked['id']}"
         wait_until(Path("running").exists, 60)
@@ -95,7 +96,7 @@ def test_only_one_of_them_at_a_time(repository: Path):
     with started(free_port(), free_port()) as (process, _):
         wait_until(Path(".rwkvflow/logs/prefect.log").exists)
         with pytest.raises(WorldError, match="runs already"):
-            up(repository, free_port(), free_port(), lambda *_: None)
+            up(repository, free_port(), free_port(), lambda *_: None, print)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     assert not processes_in(repository)

@@ -1,7 +1,9 @@
 """How a stage ends: its exit code and its last words."""
 
 import contextlib
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 
@@ -65,3 +67,18 @@ def test_it_is_told_to_stop_when_its_parent_dies():
 def test_without_a_server_that_answers_the_function_just_runs(url):
     ended = end("import sys; print('prefect' in sys.modules)", PREFECT_API_URL=url)
     assert ended.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("told", "code"), [("{}", -signal.SIGTERM), ('{"pid": 1, "ended": true}', 0)])
+def test_it_is_told_to_stop_when_its_flow_run_dies(tmp_path, told, code):
+    """Nobody holds the file's lock: its process is gone. One that has ended knows of its stages."""
+    life = tmp_path / "life.json"
+    life.write_text(told)
+    assert end("import time; time.sleep(3)", RWKVFLOW_LIFE=str(life)).returncode == code
+
+
+def test_it_goes_on_as_long_as_its_flow_run_lives(tmp_path):
+    life = tmp_path / "life.json"
+    with life.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert end("import time; time.sleep(3)", RWKVFLOW_LIFE=str(life)).returncode == 0
