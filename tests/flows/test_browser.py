@@ -93,7 +93,10 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
     ports = (int(url.rpartition(":")[2]) for url in (prefect, mlflow))
     environment = project.environment | {"PYTHONPATH": str(project.root)}
     api = f"{prefect}/api"
-    before = subprocess.check_output(["git", "status", "--porcelain"]), Path("params.yaml").read_bytes()
+    before = (
+        subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"]),
+        Path("params.yaml").read_bytes(),
+    )
     with started(*ports, environment=environment) as (process, output):
         wait_until(lambda: "Ctrl+C" in output.read_text() or process.poll() is not None, 240)
         names = {found["name"] for found in call(f"{api}/flows/filter", {})}
@@ -128,9 +131,9 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
         page.get_by_role("button", name="Open menu").click()
         page.get_by_role("menuitem", name="Cancel").click()
         page.get_by_role("button", name="Cancel Flow Run").click()
-        page.get_by_text("Cancelled").first.wait_for()
-        page.screenshot(path=pictures / "cancelled.png")
         wait_until(lambda: call(f"{api}/flow_runs/{second}")["state"]["type"] == "CANCELLED", 120)
+        page.get_by_text("Cancelled", exact=True).first.wait_for()
+        page.screenshot(path=pictures / "cancelled.png")
         assert list(project.root.glob(".rwkvflow/runs/*/last.ckpt"))  # it has saved
 
         runs = trained(mlflow)
@@ -141,6 +144,11 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
         page.goto(f"{mlflow}/#/compare-runs?{urllib.parse.urlencode(query)}")
         page.get_by_text("Comparing 2 Runs").wait_for()
         page.get_by_text(f"long-context-{first[:8]}").first.wait_for()
-        whole(page, pictures / "compared.png")
-    assert (subprocess.check_output(["git", "status", "--porcelain"]), Path("params.yaml").read_bytes()) == before
+        page.set_viewport_size({"width": 1400, "height": 2000})
+        page.wait_for_timeout(1000)  # until it is drawn
+        page.screenshot(path=pictures / "compared.png")
+    assert (
+        subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"]),
+        Path("params.yaml").read_bytes(),
+    ) == before
     assert not processes_in(project.root)
