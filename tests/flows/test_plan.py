@@ -17,7 +17,7 @@ def project(tmp_path, monkeypatch):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     write_base(tmp_path / "base.pth")
     found = Project(tmp_path, {})
-    found.set(model__base="base.pth", adapter__rank=2, train__ctx_len=512, train__micro_batch=8, train__accumulate=1)
+    found.set(model__base="base.pth", adapter__rank=2, train__ctx_len=2048, train__micro_batch=8, train__accumulate=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return found
