@@ -237,7 +237,7 @@ def quick_and_slow(cases):
 
 
 @pytest.mark.parametrize(
-    ("stage", "damage", "said"), quick_and_slow(bad_inputs()), ids=lambda x: x if isinstance(x, str) else ""
+    ("stage", "damage", "said"), list(quick_and_slow(bad_inputs())), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_bad_input_is_one_message_exit_code_1_and_nothing_lost(fresh, stage, damage, said):
     damage(fresh)
