@@ -119,6 +119,7 @@ def compare(
     typer.echo(differences(Path.cwd(), runs), nl=False)
 
 
+@app.command()
 def promote(
     version: Annotated[
         str, typer.Argument(help="Number, alias or beginning of the sha256 of a registered model; the newest, if none.")

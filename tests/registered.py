@@ -23,7 +23,7 @@ from rwkv_core.config import FullConfig
 from rwkv_core.data.binidx import SIDES, Documents
 from rwkv_core.data.prepare import held_out, prepare
 from rwkv_core.data.rows import rows
-from rwkv_core.files import sha256, write_json
+from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.merge import Part, merge
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.training.fit import fit
@@ -123,7 +123,8 @@ class Checkout:
         merged = self.root / stage.MERGED
         merged.mkdir(exist_ok=True)
         receipt = merge(self.base, [Part(self.root / stage.ADAPTER)], self.root / stage.MODEL)
-        write_json(merged / "receipt.json", receipt)
+        with whole_file(merged / "receipt.json") as temporary:  # the former one is a version's too
+            write_json(temporary, receipt)
         tracking.publish(self.root, self.params.tracking)
         return self.registry.find(receipt["merged"]["sha256"])
 
