@@ -23,6 +23,7 @@ from flows import access, life
 from flows.environment import LOGS, defaults
 from flows.signals import stop_on_signal
 from rwkv_core.errors import InputError, WorldError
+from tasks.mlflow_run import make_database
 from tasks.record import main_root
 from tasks.stage import answers
 
@@ -154,6 +155,7 @@ def up(
         note.write(json.dumps({"prefect": f"{prefect}/api", "mlflow": mlflow, "password": word is not None}))
         note.flush()
         try:
+            make_database(home / "mlflow.db")
             for server in servers:
                 server.start(home)
             _wait_ready(servers, servers, stop)

@@ -120,6 +120,27 @@ class Ledger:
             temporary.write_text(json.dumps(self._values, indent=1), encoding="utf-8")
 
 
+def make_database(path: Path) -> None:
+    """Make MLflow's SQLite file, if there is none, whole or not at all.
+
+    MLflow makes it in many steps at its first use: two processes that begin at once spoil it for each other, and one that is
+    killed for all that come.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if path.exists():
+            return
+        import_mlflow()
+        from mlflow.store.db import utils
+
+        with whole_file(path) as temporary:
+            engine = utils.create_sqlalchemy_engine(f"sqlite:///{temporary}")
+            utils._initialize_tables(engine)
+            engine.dispose()
+
+
 class Server:
     """An MLflow server, or the SQLite file of one. Importing MLflow for it takes about 1 s.
 
@@ -136,6 +157,9 @@ class Server:
         _probe(uri)
         import_mlflow()
         from mlflow.tracking import MlflowClient
+
+        if uri.startswith("sqlite:///"):
+            make_database(Path(uri.removeprefix("sqlite:///")))
 
         self.uri, self._main, self._tracking = uri, main, tracking
         self._client = MlflowClient(tracking_uri=uri)

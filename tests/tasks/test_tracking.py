@@ -41,8 +41,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def empty_database(tmp_path_factory):
     """MLflow's migrations take a second; a copied file takes none."""
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    client(f"sqlite:///{path}").search_experiments()
+    mlflow_run.make_database(path)
     return path
+
+
+@pytest.mark.slow
+def test_a_database_is_made_once_and_whole(tmp_path):
+    """By two that begin at once, and after one that was killed on the way."""
+    path = tmp_path / "mlflow.db"
+    code = "import sys, pathlib; from tasks.mlflow_run import make_database; make_database(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command) as killed:
+        while not any(tmp_path.glob(".mlflow.db.*.tmp")):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    assert not path.exists()
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert [found.name for found in client(f"sqlite:///{path}").search_experiments()] == ["Default"]
 
 
 @pytest.fixture
