@@ -97,6 +97,8 @@ FILES = {
     "tasks/__init__.py": "import pkgutil\n__path__ = pkgutil.extend_path(__path__, __name__)\n",
     "demo/__init__.py": "",
     "source.txt": "1",
+    # forms in Prefect show what is in it
+    "params.yaml": (Path(__file__).parent.parent / "params.yaml").read_text(encoding="utf-8"),
     "behaviour": "ok",
     ".gitignore": "/outputs\n/demo/outputs\n/behaviour\n/.rwkvflow\n__pycache__\n",
 }
