@@ -120,10 +120,15 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
         assert "kept as DVC experiment long-context-" in state["message"]
         page.get_by_text("Completed", exact=True).first.wait_for()  # the page has followed it
         page.screenshot(path=pictures / "finished.png")
-        (artifact,) = call(f"{api}/artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})
-        page.goto(f"{prefect}/v2/artifacts/artifact/{artifact['id']}")
+        found = call(f"{api}/artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})
+        artifacts = {artifact["key"]: artifact["id"] for artifact in found}
+        page.goto(f"{prefect}/v2/artifacts/artifact/{artifacts['pipeline-report']}")
         page.get_by_text(f"long-context-{first[:8]}").first.wait_for()
         page.screenshot(path=pictures / "report.png")
+        page.goto(f"{prefect}/v2/artifacts/artifact/{artifacts['loss-curve']}")
+        page.locator("img[src^='data:']").first.wait_for()
+        page.wait_for_timeout(1000)  # until it is drawn
+        page.screenshot(path=pictures / "curve.png")
 
         fill(page, form, "to be cancelled", Epochs="5000")
         second = submit(page)
