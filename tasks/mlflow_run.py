@@ -136,8 +136,8 @@ def make_database(path: Path) -> None:
         from mlflow.store.db import utils
 
         with whole_file(path) as temporary:
-            engine = utils.create_sqlalchemy_engine(f"sqlite:///{temporary}")
-            utils._initialize_tables(engine)
+            engine = utils.create_sqlalchemy_engine(f"sqlite:///{temporary}")  # type: ignore[no-untyped-call]
+            utils._initialize_tables(engine)  # type: ignore[no-untyped-call]
             engine.dispose()
 
 
