@@ -25,8 +25,7 @@ KEY, SECRET = "team-key", "s3-secret-of-the-team"
 def project(tmp_path_factory):
     """A project whose base came from the web and whose corpus was added to DVC; its pipeline has run."""
     project = make(tmp_path_factory.mktemp("remotes") / "project")
-    for name in ("models", "corpus"):
-        (project.root / name).mkdir()
+    (project.root / "corpus").mkdir()
     with servers.web(project.root / "mine") as url:
         project.dvc("import-url", f"{url}/base.pth", "models/base.pth")
     (project.root / "mine/corpus.jsonl").rename(project.root / "corpus/mine.jsonl")
