@@ -44,6 +44,7 @@ def test_help_names_the_commands(settings: None):
 
 
 def test_a_problem_is_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    (repository / "params.yaml").unlink()
     monkeypatch.setattr(sys, "argv", ["rwkvflow", "sync"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
