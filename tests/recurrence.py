@@ -38,9 +38,10 @@ EVERYWHERE = [
 
 
 def param(where: Where, *others: Any) -> Any:
-    """A case of a test, named for where it runs; those on a GPU are marked."""
+    """A case of a test, named for where it runs; those on a GPU are marked, and those in Triton's interpreter as slow."""
     name = "-".join(map(str, (where.form, where.device, *others)))
-    return pytest.param(where, *others, id=name, marks=[pytest.mark.gpu] if where.device == "cuda" else [])
+    marks = [pytest.mark.gpu] if where.device == "cuda" else [pytest.mark.slow] if where.form == "triton" else []
+    return pytest.param(where, *others, id=name, marks=marks)
 
 
 def everywhere(name: str, values: Iterable[Any], small: Callable[[Any], bool]) -> Any:

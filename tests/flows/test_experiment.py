@@ -62,6 +62,7 @@ def params(folder: Path) -> dict:
     return YAML(typ="safe").load((folder / "params.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_an_experiment_trains_is_listed_and_leaves_the_working_copy(project):
     project.set(train__optimizer__lr=0.008)  # not committed: it takes part
     before = working_copy(project)
@@ -180,6 +181,7 @@ def test_a_checkout_has_one_process_at_a_time(project):
         experiment.save(folder, "mine")
 
 
+@pytest.mark.slow
 def test_many_at_once_are_all_saved(project):
     """Git's and DVC's own lists are shared; nothing of one may get lost for another."""
     before = working_copy(project)

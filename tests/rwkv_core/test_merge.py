@@ -60,6 +60,7 @@ def large(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.slow
 def test_a_merge_holds_a_few_tensors_and_not_the_model(count, large, tmp_path):
     """All that is resident counts, the pages of the mapped base too: they are let go of with their tensor."""
     base, adapters = large

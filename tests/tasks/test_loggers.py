@@ -70,6 +70,7 @@ def run(folder, name, end, proof=""):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_tensorboard_has_each_point_once_after_a_kill(folder):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
     add(folder, *range(6))
@@ -102,6 +103,7 @@ def records(path):
             parts = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_each_point_after_a_kill(folder):
     pytest.importorskip("wandb", reason="no wandb here")
     record = RunRecord.read(folder)

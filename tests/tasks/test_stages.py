@@ -135,6 +135,7 @@ def test_a_tuned_state_goes_through_the_pipeline(tuned):
     assert "outputs/export/state.pth" in tuned.said["export"]
 
 
+@pytest.mark.slow
 def test_a_tuned_state_is_judged_mounted(tuned):
     """Both models on all tokens but each document's first."""
     documents = Documents(tuned.root / "outputs/data/valid")
@@ -149,6 +150,7 @@ def test_a_tuned_state_is_judged_mounted(tuned):
     assert f"the initial state ({tuned.adapter['state']})" in page
 
 
+@pytest.mark.slow
 def test_what_documents_lose_is_told(tuned):
     sizes = Documents(tuned.root / "outputs/data/train").sizes - 1
     metrics = tuned.json("outputs/train/metrics.json")

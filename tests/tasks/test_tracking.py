@@ -648,6 +648,7 @@ def test_a_server_that_hangs_holds_nobody_for_long(root, monkeypatch, capsys):
     assert capsys.readouterr().err.count("did not answer (timed out)") == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_gets_every_row_once(root, server, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     made = record(root)

@@ -87,6 +87,7 @@ def test_a_run_that_is_stopped_anywhere_on_the_way_ends_the_same(place):
         assert (place / folder / module.INCIDENTS).read_bytes() == kept, at
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_the_reproducer_ends_the_same(place, monkeypatch):
     config, real = settings(QUARANTINE), reproduce.keep
     whole, _ = train(place, config, base="base.pth")
@@ -117,7 +118,11 @@ SOUND = FullConfig(kind="full", layers="all", also=("att.*", "ffn.*"), state="no
 """All that is trained must be finite before the step, so not the embedding."""
 
 
-@pytest.mark.parametrize("adapter", [LORA, *EXAMPLES[:-2], SOUND, EXAMPLES[-1]], ids=lambda x: x.kind)
+@pytest.mark.parametrize(
+    "adapter",
+    [LORA, *(pytest.param(x, marks=pytest.mark.slow) for x in (*EXAMPLES[:-2], SOUND, EXAMPLES[-1]))],
+    ids=lambda x: x.kind,
+)
 def test_the_reproducer_stands_alone(adapter, place):
     config = settings(QUARANTINE, steps=5 if adapter is not LORA else 14)
     write(place / "train", planted=range(0, 60, 6) if adapter is not LORA else {17})
@@ -321,6 +326,7 @@ def test_out_of_memory_splits_the_steps_and_keeps_their_rows(place):
 
 
 @pytest.mark.parametrize("error", ["cpu", "cuda"])
+@pytest.mark.slow
 def test_out_of_memory_in_the_middle_goes_on_from_the_checkpoint(error, place):
     still = LORA.model_copy(update={"dropout": 0.0})  # drawn anew for another split
 

@@ -311,6 +311,7 @@ def test_a_full_disk_while_an_adapter_is_kept(space, folder, start):
     assert int((folder / "resumed_at").read_text()) == 4
 
 
+@pytest.mark.slow
 def test_kills_while_the_context_grows(folder, start):
     """The windows, and what dropout draws in each of their segments, are functions of the step."""
     grows = {"segment": 3, "initial_ctx_len": 2, "ctx_warmup_steps": 10}
