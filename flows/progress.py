@@ -113,7 +113,7 @@ class Progress:
         words += [f"{self._speed:.0f} tokens/s", f"{left} left" if left is not None else ""]
         self._put(client, PROGRESS, "progress", 100 * step / self._steps, ", ".join(filter(None, words)))
         if draw:
-            self._put(client, CURVE, "image", _picture(learned, held_out), "Loss, nats a token.")
+            self._put(client, CURVE, "markdown", _picture(learned, held_out), "Loss, nats a token.")
             self._drawn = now
 
     def _put(self, client: SyncPrefectClient, key: str, kind: str, data: float | str, words: str) -> None:
@@ -125,8 +125,8 @@ class Progress:
 
 
 def _picture(learned: report.Curve, held_out: report.Curve) -> str:
-    """The curve as a data: address, which the UI shows like any other: no server has to keep a file."""
+    """The curve, in Markdown: no server has to keep a file. One of type image would show its whole address too."""
     figure = report.training_curve(*(curve[:: len(curve) // _POINTS + 1] for curve in (learned, held_out)))
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100, facecolor="white")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"![loss](data:image/png;base64,{base64.b64encode(file.getvalue()).decode()})"

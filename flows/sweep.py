@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow, get_run_logger, runtime, task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State as FlowState
@@ -70,8 +70,8 @@ def sweep(space: Sweep) -> FlowState[object]:
         return Failed(message=str(problem))
     create_markdown_artifact(table.read_text(encoding="utf-8"), key="sweep-table", description=f"Sweep {space.name}")
     picture = base64.b64encode(chart.read_bytes()).decode()  # a browser cannot open a file of this machine
-    create_image_artifact(
-        f"data:image/png;base64,{picture}",
+    create_markdown_artifact(
+        f"![loss against what it takes](data:image/png;base64,{picture})",
         key="sweep-pareto",
         description=f"Sweep {space.name}: loss against what it takes",
     )

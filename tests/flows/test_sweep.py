@@ -31,7 +31,7 @@ def test_the_flow_shows_each_arm_and_what_came_of_them(prefect_server, tmp_path,
         "COMPLETED", "COMPLETED", "FAILED",
     ]  # fmt: skip
     assert artifacts["sweep-table"].data == (project.root / "sweeps/served/table.md").read_text()
-    assert artifacts["sweep-pareto"].data.startswith("data:image/png;base64,")
+    assert artifacts["sweep-pareto"].data.startswith("![loss against what it takes](data:image/png;base64,")
     assert not processes_in(project.root)
 
 
