@@ -1,13 +1,13 @@
 """`rwkvflow compare`: in what runs differ."""
 
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows.environment import set_defaults
+from flows.experiment import git
 from rwkv_core.errors import InputError
 from tasks import mirror, tracking
 from tasks.mlflow_run import import_mlflow
@@ -93,13 +93,13 @@ def _in_dvc(root: Path, name: str) -> Run:
 
     with Repo(str(root)) as repo:
         if name == WORKSPACE:
-            revision, commit = None, _git(root, "rev-parse", "HEAD")
+            revision, commit = None, git(root, "rev-parse", "HEAD", check=False)
         else:
             try:
                 experiment = resolve_name(repo.scm, name).get(name)
             except AmbiguousExpRefInfo:
                 raise InputError(name, "experiments of several commits have this name", "give its revision") from None
-            revision = _git(root, "rev-parse", "--verify", "--quiet", f"{experiment or name}^{{commit}}")
+            revision = git(root, "rev-parse", "--verify", "--quiet", f"{experiment or name}^{{commit}}", check=False)
             if revision is None:
                 raise InputError(
                     name,
@@ -107,7 +107,7 @@ def _in_dvc(root: Path, name: str) -> Run:
                     "`dvc exp list --all-commits` names the experiments",
                 )
             # an experiment is made from the commit before it
-            commit = _git(root, "rev-parse", f"{revision}^") if experiment else revision
+            commit = git(root, "rev-parse", f"{revision}^", check=False) if experiment else revision
         run = Run(name, "dvc")
         for held, values in repo.params.show(revs=[revision] if revision else None).items():
             if revision is None or held != "workspace":
@@ -121,8 +121,8 @@ def _in_dvc(root: Path, name: str) -> Run:
                     numbers = mirror.flat(of.get("data") or {})
                     run.metrics |= {f"{prefix}{key.replace('.', '/')}": _text(value) for key, value in numbers.items()}
     run.code["git commit"] = (commit or _ABSENT)[:10]
-    if revision is None and _git(
-        root, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)dvc.lock"
+    if revision is None and git(
+        root, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)dvc.lock", check=False
     ):
         run.code["git commit"] += ", changed"
     for path, lock in _locks(root, revision):
@@ -145,7 +145,7 @@ def _locks(root: Path, revision: str | None) -> list[tuple[str, dict[str, Any]]]
         if revision is None:
             text = (root / path).read_text(encoding="utf-8") if (root / path).exists() else None
         else:
-            text = _git(root, "show", f"{revision}:{path}")
+            text = git(root, "show", f"{revision}:{path}", check=False)
         if text:
             found.append((path, yaml.load(text)))
     return found
@@ -153,7 +153,7 @@ def _locks(root: Path, revision: str | None) -> list[tuple[str, dict[str, Any]]]
 
 def _is_code(root: Path, path: str) -> bool:
     """A folder of the repository that git has code of."""
-    return bool(_git(root, "ls-files", "--", f"{path}/*.py"))
+    return bool(git(root, "ls-files", "--", f"{path}/*.py", check=False))
 
 
 def _in_mlflow(root: Path, name: str) -> Run | None:
@@ -193,8 +193,3 @@ def _in_mlflow(root: Path, name: str) -> Run | None:
 
 def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _git(root: Path, *words: str) -> str | None:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None

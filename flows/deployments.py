@@ -28,6 +28,7 @@ from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from flows import form, slots
+from flows.environment import RETRAIN_CRON
 from flows.life import FOLDER
 from flows.pipeline import evaluate_only, pipeline
 from flows.promote import promote
@@ -39,9 +40,6 @@ from tasks.record import main_root
 
 NAME = "local"
 """Under which `rwkvflow up` serves them; in a work pool they have the pool's name."""
-
-RETRAIN_CRON = "RWKVFLOW_RETRAIN_CRON"
-"""Environment variable by which `rwkvflow up` tells when to retrain; a schedule made in the UI stays where it is not set."""
 
 _RECONCILE = 15.0  # seconds
 

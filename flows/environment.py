@@ -9,6 +9,9 @@ from tasks.record import main_root
 PREFECT_API = "http://127.0.0.1:4200/api"
 MLFLOW = "http://127.0.0.1:5000"
 
+RETRAIN_CRON = "RWKVFLOW_RETRAIN_CRON"
+"""Environment variable by which `rwkvflow up` tells when to retrain; a schedule made in the UI stays where it is not set."""
+
 LOGS = Path(".rwkvflow/logs")
 """What stages and servers print, one file each, under the folder they work in."""
 

@@ -68,7 +68,7 @@ def checkout(root: Path, name: str, overrides: Mapping[str, Any], *, begun: str 
     with lock:
         if _is_whole(folder):
             text = overridden(text_of(folder, _AS_BEGUN), overrides)
-            _git(folder, "update-ref", "-d", _AS_SAVED)
+            git(folder, "update-ref", "-d", _AS_SAVED)
         else:
             begun = begun or snapshot(root)
             text = overridden(text_of(root, begun), overrides)  # refused before anything is made
@@ -78,7 +78,7 @@ def checkout(root: Path, name: str, overrides: Mapping[str, Any], *, begun: str 
         with _IN_DVC:
             _link_inputs(root, folder)
         yield folder
-        if _git(folder, "rev-parse", "--verify", "--quiet", _AS_SAVED, check=False):
+        if git(folder, "rev-parse", "--verify", "--quiet", _AS_SAVED, check=False):
             with _worktrees(root):
                 _discard(root, folder)
 
@@ -100,8 +100,8 @@ def save(folder: Path, name: str) -> str:
         WorldError: git fails.
     """
     revision = snapshot(folder, f"rwkvflow: experiment {_checked(folder, name)}")
-    _git(folder, "update-ref", reference(baseline(folder), name), revision)
-    _git(folder, "update-ref", _AS_SAVED, revision)
+    git(folder, "update-ref", reference(baseline(folder), name), revision)
+    git(folder, "update-ref", _AS_SAVED, revision)
     return revision
 
 
@@ -118,17 +118,17 @@ def remove(root: Path, name: str) -> None:
 
 def hold(root: Path, name: str, revision: str) -> None:
     """Keep git from dropping a revision that no branch has, under a name of ours."""
-    _git(root, "update-ref", f"refs/rwkvflow/{name}", revision)
+    git(root, "update-ref", f"refs/rwkvflow/{name}", revision)
 
 
 def text_of(root: Path, revision: str) -> str:
     """The params.yaml of a revision."""
-    return _git(root, "show", f"{revision}:{_PARAMS}")
+    return git(root, "show", f"{revision}:{_PARAMS}")
 
 
 def baseline(folder: Path) -> str:
     """The commit that a checkout was made from."""
-    return _git(folder, "rev-parse", "HEAD")
+    return git(folder, "rev-parse", "HEAD")
 
 
 def environment(folder: Path, name: str) -> dict[str, str]:
@@ -148,22 +148,22 @@ def snapshot(root: Path, message: str = "rwkvflow: as it was") -> str:
         InputError: there is no commit yet.
         WorldError: git fails.
     """
-    if _git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", check=False) is None:
+    if git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", check=False) is None:
         raise InputError(str(root), "an experiment is made from a commit, and there is none", "git commit")
-    index = root / _git(root, "rev-parse", "--git-path", "index")
+    index = root / git(root, "rev-parse", "--git-path", "index")
     with tempfile.TemporaryDirectory() as temporary:
         own = Path(temporary) / "index"  # of the person's nothing changes, nor is it locked
         shutil.copyfile(index, own)
         in_it = {"GIT_INDEX_FILE": str(own)}
-        _git(root, "add", "--update", ":/", variables=in_it)
-        pipelines = _git(root, "ls-files", "dvc.yaml", "*/dvc.yaml", variables=in_it).splitlines()
+        git(root, "add", "--update", ":/", variables=in_it)
+        pipelines = git(root, "ls-files", "dvc.yaml", "*/dvc.yaml", variables=in_it).splitlines()
         locks = [
             lock for lock in (str(Path(file).with_name("dvc.lock")) for file in pipelines) if (root / lock).exists()
         ]
         if locks:
-            _git(root, "add", "--force", "--", *locks, variables=in_it)
-        tree = _git(root, "write-tree", variables=in_it)
-    return _git(root, "commit-tree", tree, "-p", "HEAD", "-m", message, variables=_identity(root))
+            git(root, "add", "--force", "--", *locks, variables=in_it)
+        tree = git(root, "write-tree", variables=in_it)
+    return git(root, "commit-tree", tree, "-p", "HEAD", "-m", message, variables=_identity(root))
 
 
 def overridden(text: str, overrides: Mapping[str, Any]) -> str:
@@ -203,7 +203,7 @@ def _checked(root: Path, name: str) -> str:
     """DVC's rule and git's, and a file name."""
     plain = name.replace(".", "").replace("_", "").replace("-", "")
     right = plain.isascii() and plain.isalnum() and name[0].isalnum() and len(name) <= 200
-    if not right or _git(root, "check-ref-format", reference("0" * 40, name), check=False) is None:
+    if not right or git(root, "check-ref-format", reference("0" * 40, name), check=False) is None:
         raise InputError(
             f"experiment {name!r}",
             "a name begins with a letter or digit, and goes on with those, '.', '_' and '-'; not '..', nor '.lock' at the end",
@@ -214,24 +214,24 @@ def _checked(root: Path, name: str) -> str:
 
 def _is_whole(folder: Path) -> bool:
     return (folder / ".git").exists() and (
-        _git(folder, "rev-parse", "--verify", "--quiet", _AS_BEGUN, check=False) is not None
+        git(folder, "rev-parse", "--verify", "--quiet", _AS_BEGUN, check=False) is not None
     )
 
 
 def _make(root: Path, folder: Path, begun: str) -> None:
     with _worktrees(root):
         _discard(root, folder)  # what a killed process had half made
-        _git(root, "worktree", "add", "--quiet", "--detach", "--no-checkout", str(folder), f"{begun}^")
-    _git(folder, "read-tree", "HEAD")
-    _git(folder, "restore", "--source", begun, "--worktree", "--", ":/")
+        git(root, "worktree", "add", "--quiet", "--detach", "--no-checkout", str(folder), f"{begun}^")
+    git(folder, "read-tree", "HEAD")
+    git(folder, "restore", "--source", begun, "--worktree", "--", ":/")
     with _IN_DVC:
         _configure_dvc(root, folder)
-    _git(folder, "update-ref", _AS_BEGUN, begun)  # last: without it the checkout is not whole
+    git(folder, "update-ref", _AS_BEGUN, begun)  # last: without it the checkout is not whole
 
 
 def _discard(root: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    _git(root, "worktree", "prune")
+    git(root, "worktree", "prune")
 
 
 def _worktrees(root: Path) -> FileLock:
@@ -285,20 +285,20 @@ def _link(there: Path, here: Path, rules: Any) -> None:
 
 def _identity(root: Path) -> dict[str, str]:
     """Of commits, for a person who has told git no name."""
-    if _git(root, "var", "GIT_COMMITTER_IDENT", check=False) and _git(root, "var", "GIT_AUTHOR_IDENT", check=False):
+    if git(root, "var", "GIT_COMMITTER_IDENT", check=False) and git(root, "var", "GIT_AUTHOR_IDENT", check=False):
         return {}
     return {f"GIT_{who}_{what}": "rwkvflow" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 
 @overload
-def _git(root: Path, *words: str, check: Literal[True] = True, variables: Mapping[str, str] | None = None) -> str: ...
+def git(root: Path, *words: str, check: Literal[True] = True, variables: Mapping[str, str] | None = None) -> str: ...
 
 
 @overload
-def _git(root: Path, *words: str, check: Literal[False], variables: Mapping[str, str] | None = None) -> str | None: ...
+def git(root: Path, *words: str, check: Literal[False], variables: Mapping[str, str] | None = None) -> str | None: ...
 
 
-def _git(root: Path, *words: str, check: bool = True, variables: Mapping[str, str] | None = None) -> str | None:
+def git(root: Path, *words: str, check: bool = True, variables: Mapping[str, str] | None = None) -> str | None:
     """What git prints; None if it refuses, with `check` a WorldError."""
     # a hook that this runs in has told git of its own repository
     kept = {

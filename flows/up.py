@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TextIO
 
 from flows import access, life
-from flows.environment import LOGS, defaults
+from flows.environment import LOGS, RETRAIN_CRON, defaults
 from flows.signals import stop_on_signal
 from rwkv_core.errors import InputError, WorldError
-from tasks.mlflow_run import make_database
+from tasks.mlflow_run import DATABASE, make_database
 from tasks.record import main_root
 from tasks.stage import answers
 
@@ -155,7 +155,7 @@ def up(
         note.write(json.dumps({"prefect": f"{prefect}/api", "mlflow": mlflow, "password": word is not None}))
         note.flush()
         try:
-            make_database(home / "mlflow.db")
+            make_database(home / DATABASE)
             for server in servers:
                 server.start(home)
             _wait_ready(servers, servers, stop)
@@ -226,7 +226,7 @@ def _servers(home: Path, host: str, prefect: str, mlflow: str, word: str | None)
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", mlflow_port, "--workers", "1"),
                 *(("--app-name", "basic-auth") if word is not None else ()),
-                *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
+                *("--backend-store-uri", f"sqlite:///{home / DATABASE}"),
                 *("--artifacts-destination", str(home / "mlartifacts")),
             ],
             lambda: answers(mlflow),
@@ -253,7 +253,7 @@ def _deployments(home: Path, prefect: str, mlflow: str, word: str | None, retrai
             **defaults(home),
             "PREFECT_API_URL": f"{prefect}/api",
             "MLFLOW_TRACKING_URI": mlflow,
-            **({"RWKVFLOW_RETRAIN_CRON": retrain_cron} if retrain_cron else {}),
+            **({RETRAIN_CRON: retrain_cron} if retrain_cron else {}),
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds until a run that was asked for starts; by itself, 10
             **clients,
         },

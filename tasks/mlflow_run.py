@@ -39,6 +39,9 @@ CURVE_TAG = "mlflow.rwkvflow.curve"
 MIRROR_TAG = "mlflow.rwkvflow.mirror"
 """Digest of all that the run was last brought up to date with. Written last."""
 
+DATABASE = "mlflow.db"
+"""Name of the SQLite file in the main checkout, where runs are recorded unless MLFLOW_TRACKING_URI says otherwise."""
+
 _ARTIFACTS_TAG, _NOTE_TAG = "mlflow.rwkvflow.artifacts", "mlflow.rwkvflow.note"
 _BATCH = 1000  # metrics in one request; params and tags: 100 (mlflow/utils/validation.py)
 _PROBE_SECONDS = 3.0
@@ -446,20 +449,12 @@ def peek(uri: str, run_id: str) -> dict[str, str] | None:
     """
     try:
         if uri.startswith("sqlite:///"):
-            path = urllib.parse.quote(uri.removeprefix("sqlite:///"))
-            with contextlib.closing(
-                sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_PROBE_SECONDS)
-            ) as database:
+            with _reading(uri) as database:
                 runs = database.execute("SELECT lifecycle_stage FROM runs WHERE run_uuid = ?", (run_id,)).fetchall()
                 rows = database.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run_id,)).fetchall()
             stage = runs[0][0]
         elif uri.startswith(("http://", "https://")):
-            query = urllib.parse.urlencode({"run_id": run_id})
-            asked = urllib.request.Request(
-                f"{without_password(uri).rstrip('/')}/api/2.0/mlflow/runs/get?{query}", headers=_credentials(uri)
-            )
-            with urllib.request.urlopen(asked, timeout=_PROBE_SECONDS) as reply:
-                run = json.load(reply)["run"]
+            run = _asked(uri, "runs/get", run_id=run_id)["run"]
             rows = [(tag["key"], tag["value"]) for tag in run["data"].get("tags", [])]
             stage = run["info"]["lifecycle_stage"]
         else:
@@ -473,20 +468,31 @@ def peek_model(uri: str, name: str) -> dict[str, str] | None:
     """The tags of a registered model, as `peek` gets those of a run; None if that can't be done or it is not there."""
     try:
         if uri.startswith("sqlite:///"):
-            path = urllib.parse.quote(uri.removeprefix("sqlite:///"))
-            with contextlib.closing(
-                sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_PROBE_SECONDS)
-            ) as database:
+            with _reading(uri) as database:
                 query = "SELECT key, value FROM registered_model_tags WHERE name = ?"
                 return dict(database.execute(query, (name,)).fetchall())
         if uri.startswith(("http://", "https://")):
-            address = f"{uri.rstrip('/')}/api/2.0/mlflow/registered-models/get?{urllib.parse.urlencode({'name': name})}"
-            with urllib.request.urlopen(address, timeout=_PROBE_SECONDS) as reply:
-                model = json.load(reply)["registered_model"]
+            model = _asked(uri, "registered-models/get", name=name)["registered_model"]
             return {tag["key"]: tag["value"] for tag in model.get("tags", [])}
     except (OSError, sqlite3.Error, ValueError, LookupError):
         pass
     return None
+
+
+def _reading(uri: str) -> contextlib.closing[sqlite3.Connection]:
+    """MLflow's SQLite file, to be read from."""
+    path = urllib.parse.quote(uri.removeprefix("sqlite:///"))
+    return contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_PROBE_SECONDS))
+
+
+def _asked(uri: str, what: str, **query: str) -> dict[str, Any]:
+    """What an MLflow server answers."""
+    address = f"{without_password(uri).rstrip('/')}/api/2.0/mlflow/{what}?{urllib.parse.urlencode(query)}"
+    with urllib.request.urlopen(
+        urllib.request.Request(address, headers=_credentials(uri)), timeout=_PROBE_SECONDS
+    ) as reply:
+        answer: dict[str, Any] = json.load(reply)
+    return answer
 
 
 def without_password(uri: str) -> str:

@@ -23,7 +23,17 @@ from rwkv_core.config import TrackingConfig
 from rwkv_core.errors import Interrupted, Problem, WorldError
 from rwkv_core.files import sha256
 from tasks import mirror, registry, stage
-from tasks.mlflow_run import CURVE_TAG, MIRROR_TAG, Ledger, Server, import_mlflow, peek, peek_model, without_password
+from tasks.mlflow_run import (
+    CURVE_TAG,
+    DATABASE,
+    MIRROR_TAG,
+    Ledger,
+    Server,
+    import_mlflow,
+    peek,
+    peek_model,
+    without_password,
+)
 from tasks.record import FILE, RunRecord, Status, main_root
 from tasks.registry import CANDIDATE, CHAMPION, Registry, Version
 
@@ -46,7 +56,7 @@ def uri(root: Path | None = None) -> str:
     Args:
         root: a checkout; the current folder if None.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_root(root or Path.cwd()) / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_root(root or Path.cwd()) / DATABASE}"
 
 
 def load_libraries() -> None:
