@@ -60,12 +60,12 @@ def checkout(root: Path, name: str, overrides: Mapping[str, Any], *, begun: str 
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{name}.lock"), thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         raise WorldError(
             f"experiment {name}", "another process works on it", "wait until it has ended, or take another name"
         ) from None
-    with lock:
+    with held:
         if _is_whole(folder):
             text = overridden(text_of(folder, _AS_BEGUN), overrides)
             git(folder, "update-ref", "-d", _AS_SAVED)
