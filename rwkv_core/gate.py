@@ -8,7 +8,8 @@ import numpy as np
 
 from rwkv_core.config import EvaluateConfig
 from rwkv_core.errors import InputError
-from rwkv_core.evaluate import FEWEST, Scores, compare
+from rwkv_core.evaluation.held_out import Scores, compare
+from rwkv_core.evaluation.measure import FEWEST
 from rwkv_core.generation.text import Continuation
 
 TURN = "\n\nUser:"

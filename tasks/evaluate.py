@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from rwkv_core import checkpoint, models, report
-from rwkv_core import evaluate as evaluation
 from rwkv_core.data.binidx import Documents
-from rwkv_core.evaluate import Scores
+from rwkv_core.evaluation import held_out as evaluation
+from rwkv_core.evaluation.held_out import Scores
 from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import generate

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_core import checkpoint, gate, models
-from rwkv_core import evaluate as evaluation
 from rwkv_core.adapters import file as adapter_file
 from rwkv_core.data import near
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.prepare import whole
 from rwkv_core.errors import InputError, Problem
-from rwkv_core.evaluate import Scores
+from rwkv_core.evaluation import held_out as evaluation
+from rwkv_core.evaluation.held_out import Scores
 from rwkv_core.export import export
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.gate import Check

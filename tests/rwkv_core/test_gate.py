@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from data_settings import ROOT
 
-from rwkv_core.evaluate import Scores
+from rwkv_core.evaluation.held_out import Scores
 from rwkv_core.gate import TURN, answers, finite, kept, lower
 from rwkv_core.generation.text import Continuation, Output
 from rwkv_core.models.state import State

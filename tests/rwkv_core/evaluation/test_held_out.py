@@ -6,7 +6,8 @@ import torch
 
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.errors import InputError
-from rwkv_core.evaluate import FEWEST, Scores, compare, held_out_prompts, score
+from rwkv_core.evaluation.held_out import Scores, compare, held_out_prompts, score
+from rwkv_core.evaluation.measure import FEWEST
 from rwkv_core.models.state import BlockState, mount
 from rwkv_core.tokenizer import Tokenizer, world
 

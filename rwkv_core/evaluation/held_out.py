@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,14 +12,10 @@ from kernels.head_loss import IGNORE, token_nll
 from rwkv_core import memory
 from rwkv_core.data.binidx import Documents
 from rwkv_core.errors import InputError
+from rwkv_core.evaluation.measure import FEWEST, Array
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import END, Tokenizer
-
-Array = npt.NDArray[np.float64]
-
-FEWEST = 10
-"""Held-out documents that a verdict needs."""
 
 
 class Scores(NamedTuple):
