@@ -14,7 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -205,6 +205,7 @@ class Stopped(Exception):
     """The sweep was asked to stop; the same again goes on from there."""
 
 
+Card = AbstractContextManager[Mapping[str, str] | None]
 Start = Callable[["Job"], Any]
 """Runs a job beside the caller: it calls `Job.run`, once."""
 
@@ -220,11 +221,12 @@ class Job:
     free: "queue.Queue[int]"
     stop: threading.Event
 
-    def run(self, log: Callable[[str], None]) -> str | None:
+    def run(self, log: Callable[[str], None], card: Callable[[], Card] = nullcontext) -> str | None:
         """Train the arm, note what it came to, and give the slot back.
 
         Args:
             log: is given each line.
+            card: waits for what else the arm must have, and yields variables for its stages, if any.
 
         Returns:
             Why it failed; None if it did not.
@@ -233,7 +235,8 @@ class Job:
             StoppedError: it was asked to stop, and has saved.
         """
         try:
-            result = self._train(log)
+            with card() as held:
+                result = self._train(log, held or _card(self.slot))
             self.state.note(self.arm, self.halt, result=result)
         except graph.StoppedError:
             raise
@@ -247,7 +250,7 @@ class Job:
             self.free.put(self.slot)  # when all are back, all is noted
         return None
 
-    def _train(self, log: Callable[[str], None]) -> Result:
+    def _train(self, log: Callable[[str], None], card: Mapping[str, str]) -> Result:
         state, arm = self.state, self.arm
         values = arm.values | ({LENGTH: self.halt} if state.sweep.halving else {})
         begun = state.prepared(arm)
@@ -257,7 +260,7 @@ class Job:
                 **experiment.environment(folder, arm.name),
                 SWEEP: state.id,
                 SWEEP_NAME: state.sweep.name,
-                **_card(self.slot),
+                **card,
             }
             for left in reversed(range(_TRIES)):
                 try:

@@ -8,9 +8,10 @@ process could not tell it itself.
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +41,8 @@ class Life:
     def __init__(self, root: Path, flow_run: str, *, served: bool) -> None:
         self.path = main_root(root) / FOLDER / f"{flow_run}.json"
         self._file = _locked(self.path)
-        self._told: dict[str, Any] = {}
+        self._told: dict[str, Any] = {"leases": []}
+        self._writing = threading.RLock()
         self.note(pid=os.getpid(), served=served)
         _kept.append(self)
 
@@ -48,14 +50,26 @@ class Life:
         """Put something into the file.
 
         Args:
-            told: lease, of a slot that it holds; ended, that its stages need no watching any more; state and stages, how the
-                flow run and its task runs ended: type, name, message of each.
+            told: ended, that its stages need no watching any more; state and stages, how the flow run and its task runs ended:
+                type, name, message of each.
         """
-        self._told |= told
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(self._told))
-        self._file.flush()
+        with self._writing:
+            self._told |= told
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(json.dumps(self._told))
+            self._file.flush()
+
+    @contextmanager
+    def holding(self, lease: str) -> Iterator[None]:
+        """In the block the file names the lease of slots, among those that other threads hold."""
+        with self._writing:
+            self.note(leases=[*self._told["leases"], lease])
+        try:
+            yield
+        finally:
+            with self._writing:
+                self.note(leases=[held for held in self._told["leases"] if held != lease])
 
     def await_server(self, api: str, say: Callable[[str], None]) -> None:
         """Wait for a server that is away, for at most `PATIENCE`: only the flow's process can end its run in all details."""

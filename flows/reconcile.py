@@ -53,8 +53,8 @@ def reconcile(client: SyncPrefectClient, root: Path) -> int:
 
 def _close(client: SyncPrefectClient, run: UUID, said: dict[str, Any]) -> bool:
     """Returns whether it was shown as running."""
-    if "lease" in said:
-        release(client, UUID(said["lease"]))
+    for lease in said.get("leases", []):
+        release(client, UUID(lease))
     try:
         state = client.read_flow_run(run).state
     except ObjectNotFound:

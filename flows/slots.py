@@ -90,15 +90,15 @@ def slot(
         yield {}
         return
     names, lease = taken
-    life.note(lease=str(lease))
     over = threading.Event()
-    threading.Thread(target=_keep, args=(lease, over), name="gpu slot", daemon=True).start()
-    try:
-        yield _variables(names)
-    finally:
-        over.set()
-        with suppress(Exception), get_client(sync_client=True) as client:
-            release(client, lease)
+    with life.holding(str(lease)):
+        threading.Thread(target=_keep, args=(lease, over), name="gpu slot", daemon=True).start()
+        try:
+            yield _variables(names)
+        finally:
+            over.set()
+            with suppress(Exception), get_client(sync_client=True) as client:
+                release(client, lease)
 
 
 def _take(

@@ -1,10 +1,11 @@
 """A sweep as a Prefect flow: a task for each arm, the table and the chart as artifacts."""
 
 import base64
-import contextlib
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, get_run_logger, runtime, task
@@ -16,20 +17,22 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import arms, form, graph
+from flows import arms, form, graph, reconcile, slots
 from flows.arms import Sweep, Told
+from flows.life import Life
 from flows.pareto import publish
 from rwkv_core.errors import Problem
-from tasks.stage import NESTED
+from tasks.stage import LIFE, NESTED
 
 _WATCH = 2.0  # seconds between two looks whether a flow run was cancelled
 
 
 @task(name="arm", cache_policy=NO_CACHE, persist_result=False)
-def _arm(job: arms.Job) -> FlowState[object]:
+def _arm(job: arms.Job, life: Life) -> FlowState[object]:
     log = get_run_logger().info
+    card = partial(slots.slot, job.arm.name, 1, life, job.stop, log) if slots.cards() else nullcontext
     try:
-        failure = job.run(log)
+        failure = job.run(log, card)
     except graph.StoppedError as stopped:
         return Cancelled(message=str(stopped))
     return Failed(message=failure) if failure else Completed(message=job.arm.name)
@@ -42,14 +45,29 @@ def sweep(space: Sweep) -> FlowState[object]:
     Args:
         space: Which values to try, and how.
     """
+    life = Life(Path.cwd(), str(runtime.flow_run.id), served=runtime.deployment.id is not None)
+    try:
+        end = _sweep(space, life)
+    except BaseException:  # all arms have ended, and the runner knows why
+        life.note(ended=True)
+        raise
+    life.note(ended=True, state=reconcile.told(end))
+    return end
+
+
+def _sweep(space: Sweep, life: Life) -> FlowState[object]:
     root, stop = Path.cwd(), threading.Event()
     log = get_run_logger().info
-    inherited = {"PREFECT_LOGGING_TO_API_ENABLED": "false", NESTED: str(runtime.flow_run.id)}
+    inherited = {
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        NESTED: str(runtime.flow_run.id),
+        LIFE: str(life.path),
+    }
 
     futures = []
 
     def start(job: arms.Job) -> None:
-        futures.append(_arm.with_options(task_run_name=f"{job.arm.name} {job.halt or 'to the end'}").submit(job))
+        futures.append(_arm.with_options(task_run_name=f"{job.arm.name} {job.halt or 'to the end'}").submit(job, life))
 
     try:
         if runtime.deployment.id is not None:  # it comes of a form
@@ -99,10 +117,7 @@ class _Watch:
         if not self._watch or time.monotonic() < self._looked + _WATCH:
             return False
         self._looked = time.monotonic()
-        with (
-            contextlib.suppress(Exception),
-            get_client(sync_client=True) as client,
-        ):  # a server may be away for a moment
+        with suppress(Exception), get_client(sync_client=True) as client:  # a server may be away for a moment
             state = client.read_flow_run(runtime.flow_run.id).state
             return state is not None and (state.is_cancelling() or state.is_cancelled())
         return False

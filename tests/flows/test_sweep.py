@@ -1,11 +1,15 @@
 """A sweep as a flow, on a real server; and one of real trainings, which halt and go on."""
 
 import json
+import os
+import subprocess
 import sys
+import threading
+from uuid import uuid4
 
 import pytest
 from arms import quick
-from miniature import processes_in
+from miniature import processes_in, wait_until
 from project import make
 
 from flows.arms import Sweep
@@ -33,6 +37,67 @@ def test_the_flow_shows_each_arm_and_what_came_of_them(prefect_server, tmp_path,
     assert artifacts["sweep-table"].data == (project.root / "sweeps/served/table.md").read_text()
     assert artifacts["sweep-pareto"].data.startswith("![loss against what it takes](data:image/png;base64,")
     assert not processes_in(project.root)
+
+
+@pytest.fixture
+def two_cards(prefect_server, monkeypatch):
+    """The server, with a slot for each of two cards."""
+    from prefect.client.orchestration import get_client
+
+    from flows import slots
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,9")
+    with get_client(sync_client=True) as client:
+        slots.create(client)
+        yield client
+        for name in ("gpu-0", "gpu-1"):
+            client.delete_global_concurrency_limit_by_name(name)
+
+
+@pytest.mark.slow
+def test_arms_share_the_cards_with_other_runs(two_cards, tmp_path, monkeypatch):
+    from flows import slots
+    from flows.life import Life
+    from flows.sweep import sweep
+
+    project = quick(tmp_path / "cards", takes=0.5)
+    monkeypatch.chdir(project.root)
+    other = Life(tmp_path, str(uuid4()), served=False)
+    with slots.slot("train", 1, other, threading.Event(), print) as has:
+        assert has == {"CUDA_VISIBLE_DEVICES": "7"}
+        state = sweep(Sweep(name="cards", grid={"adapter.rank": [2, 3]}, slots=2), return_state=True)
+    assert state.is_completed(), state.message
+    assert sorted(line.split()[::2] for line in (project.root / "ran").read_text().splitlines()) == [
+        ["2", "9"],
+        ["3", "9"],
+    ]
+    assert set((project.root / "together").read_text().split()) == {"1"}
+    assert not any(limit.active_slots for limit in two_cards.read_global_concurrency_limits(limit=20))
+
+
+@pytest.mark.slow
+def test_of_a_sweep_that_is_killed_nothing_goes_on(two_cards, tmp_path, monkeypatch):
+    """Its arms save and end, and Prefect is told."""
+    from flows.reconcile import reconcile
+
+    project = quick(tmp_path / "killed", takes=600)
+    monkeypatch.chdir(project.root)
+    (project.root / "sweep.json").write_text(
+        json.dumps({"name": "killed", "grid": {"adapter.rank": [2, 3]}, "slots": 2})
+    )
+    command = [sys.executable, "-m", "flows.cli", "sweep", "sweep.json"]
+    told = project.environment | {name: os.environ[name] for name in ("PREFECT_API_URL", "CUDA_VISIBLE_DEVICES")}
+    process = subprocess.Popen(command, env=told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    going = project.root / "going"
+    wait_until(lambda: going.exists() and len(list(going.iterdir())) == 2, 120)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes_in(project.root), 60)
+    assert sum(limit.active_slots for limit in two_cards.read_global_concurrency_limits(limit=20)) == 2
+    assert reconcile(two_cards, project.root) == 1
+    assert not any(limit.active_slots for limit in two_cards.read_global_concurrency_limits(limit=20))
+    (run,) = [run for run in two_cards.read_flow_runs() if run.state.is_crashed()]
+    assert "start it again" in run.state.message
 
 
 @pytest.mark.slow
