@@ -23,6 +23,7 @@ from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import MicroBatches
 from rwkv_core.errors import WorldError
 from rwkv_core.files import whole_file
+from rwkv_core.models.state import State
 from rwkv_core.training import reproduce
 from rwkv_core.training.callbacks import StepCallback
 from rwkv_core.training.module import Training
@@ -53,6 +54,18 @@ class Incident(NamedTuple):
     values: dict[str, Any]
     """What was measured. Of micro-batches in quarantine also `rows`, the numbers of those left out, and `kept`, their
     folders in the run's; of a new split `micro_batch` and `accumulate`. A number that is not finite is a string."""
+
+
+class _Alone(NamedTuple):
+    """A micro-batch that was read by itself."""
+
+    found: reproduce.Measured
+    rank: int
+    """Whose it is."""
+    number: int
+    """Among that rank's."""
+    rows: list[int]
+    """Their numbers."""
 
 
 class Again(Exception):
@@ -180,7 +193,13 @@ class Guards(StepCallback):
                 f"{self._spent()}",
             ) from error
         values |= {"micro_batch": part, "accumulate": config.accumulate * config.micro_batch // part}
-        self._note(Incident(step, "out_of_memory", "replanned", values))
+        self._note(Incident(step, "out_of_memory", "replanned", values), first=self._here.world > 1)
+        if self._here.world > 1:  # the others wait for this one's part of a sum, and can't be called back
+            raise WorldError(
+                f"step {step}: {values['error']}",
+                f"micro-batches of {config.micro_batch} rows need more memory than one of the processes has",
+                f"run again: the run continues with micro-batches of {part}",
+            ) from error
 
     def _is_last(self, step: int) -> bool:
         return self._batches is not None and step == self._batches.steps
@@ -239,53 +258,66 @@ class Guards(StepCallback):
             raise RuntimeError("there are no micro-batches; call begin() first")
         if not all(bool(p.isfinite().all()) for p in training.parameters() if p.requires_grad):
             self._stop(suspect.step, suspect.what, suspect.values | {"trained": "not finite before the step"})
-        alone = []
+        mine: list[_Alone] = []
+        lanes: dict[int, State | None] = {}
         for number in range(first, min(first + self.config.accumulate, len(batches))):
             batch = move_data_to_device(batches[number], training.device)
-            lanes = training.lanes_now()
+            lanes[number] = training.lanes_now()
             with trainer.precision_plugin.train_step_context():
-                alone.append((reproduce.measure(training, batch, number), number, lanes))
+                found = reproduce.measure(training, batch, number)
+            mine.append(_Alone(found, self._here.rank, number, batches.rows_of(number)))
+        if mine:
+            training.set_lanes(lanes[first])
+        alone = [x for of_rank in self._here.all(mine) for x in of_rank]
         guilty = []
         if suspect.what == "not_finite":
-            guilty = [x for x in alone if not math.isfinite(x[0].loss) or not math.isfinite(x[0].grad_norm)]
+            guilty = [x for x in alone if not math.isfinite(x.found.loss) or not math.isfinite(x.found.grad_norm)]
         elif suspect.what == "spike":
             recent = self._recent(training, suspect.step)["loss"]
-            if robust_z(sum(x[0].loss for x in alone), recent) > self._guards.spike_z:
-                guilty = [max(alone, key=lambda x: x[0].mean)]
+            if robust_z(sum(x.found.loss for x in alone), recent) > self._guards.spike_z:
+                guilty = [max(alone, key=lambda x: x.found.mean)]
         else:
-            guilty = [max(alone, key=lambda x: x[0].grad_norm)]
-        if alone:
-            training.set_lanes(alone[0][2])
+            guilty = [max(alone, key=lambda x: x.found.grad_norm)]
         if not guilty:  # as of a device that failed once
             self._note(suspect)
             return
-        kept = {number: f"{QUARANTINE}/{suspect.step}-{number}" for _, number, _ in guilty}
-        for found, number, lanes in guilty:
+        kept = [f"{QUARANTINE}/{suspect.step}-{x.number * self._here.world + x.rank}" for x in guilty]
+        for x, name in zip(guilty, kept, strict=True):
+            if x.rank != self._here.rank:
+                continue
             reproduce.keep(
-                self._folder / kept[number],
+                self._folder / name,
                 training,
-                batches[number],
-                lanes,
-                found,
+                batches[x.number],
+                lanes[x.number],
+                x.found,
                 settings={
                     "step": suspect.step,
-                    "micro_batch": number,
+                    "micro_batch": x.number,
+                    "rank": x.rank,
+                    "world": self._here.world,
                     "what": suspect.what,
                     "seed": training.seed,
                     "train": self.config.model_dump(mode="json"),
                     "made_from": self._made_from,
                 },
             )
-        left = {"kept": list(kept.values()), "rows": [n for number in kept for n in batches.rows_of(number)]}
+        trainer.strategy.barrier()  # nothing is noted as kept before it is
+        left = {"kept": kept, "rows": [n for x in guilty for n in x.rows]}
         self._note(Incident(suspect.step, suspect.what, "quarantined", suspect.values | left))
         raise Again
 
-    def _note(self, incident: Incident) -> None:
-        """Say it and add it to the file, but for one that is there: a step that is done again meets it again."""
+    def _note(self, incident: Incident, *, first: bool = False) -> None:
+        """Say it and add it to the file, but for one that is there: a step that is done again meets it again.
+
+        Args:
+            incident: what all processes have met.
+            first: only this one has, and it does what the first of them would.
+        """
         if incident in self.incidents:
             return
         self.incidents.append(incident)
-        if self._here.rank:
+        if self._here.rank and not first:
             return
         print(f"step {incident.step}: {_told(incident)}: {incident.action}", file=sys.stderr, flush=True)
         write(self._folder / INCIDENTS, self.incidents)

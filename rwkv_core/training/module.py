@@ -107,9 +107,9 @@ class Training(pl.LightningModule):
         return self._seed
 
     @property
-    def accumulate(self) -> int:
-        """Micro-batches per optimizer step."""
-        return self._config.accumulate
+    def loss_factor(self) -> int:
+        """By what a loss that is differentiated is more than its share of the step's mean, see `parallel.loss_factor`."""
+        return loss_factor(self._config, self._here.world)
 
     def lanes_now(self) -> State | None:
         """A copy of the states that rows have left."""
@@ -159,7 +159,7 @@ class Training(pl.LightningModule):
             loss = self._swept(groups, size, 1 / weight)
         loss = loss / weight
         self.step_loss += float(loss.detach())
-        return loss * loss_factor(self._config, self._here.world)  # the shares add up; Lightning would average them
+        return loss * self.loss_factor  # the shares add up; Lightning would average them
 
     def _windows(self, groups: tuple[Group, ...], batch_idx: int) -> tuple[Group, ...]:
         """What is read at this step of a growing context; afterwards the groups as they are."""

@@ -24,6 +24,7 @@ from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
 from rwkv_core.training.module import Training
 from rwkv_core.training.optimizers import mixed
+from rwkv_core.training.parallel import Ranks
 
 _SETTINGS, _BATCH, _TRAINED, _READ_ME = "settings.json", "micro_batch.pt", "trained.pth", "README.md"
 
@@ -57,7 +58,7 @@ def measure(training: Training, batch: Batch, number: int) -> Measured:
         p.grad = None
     weight = sum(_weight(group) for group in batch.groups)
     loss = training.step_loss
-    return Measured(loss, float(norm) / training.accumulate, loss * batch.step_weight / weight if weight else 0.0)
+    return Measured(loss, float(norm) / training.loss_factor, loss * batch.step_weight / weight if weight else 0.0)
 
 
 def _weight(group: Group) -> float:
@@ -76,9 +77,9 @@ def keep(
         batch: the micro-batch.
         lanes: the states it is read after, where rows go on from each other.
         found: what it does.
-        settings: step, micro_batch, what, seed, train, and made_from: None where all of the model is trained; else the
-            `adapter`, and how the frozen base is loaded: `base` and `base_sha256`, `load`, keywords of `models.load`, and
-            `dtype` as `checkpoint.DTYPES` has it.
+        settings: step, micro_batch, rank, world, what, seed, train, and made_from: None where all of the model is trained;
+            else the `adapter`, and how the frozen base is loaded: `base` and `base_sha256`, `load`, keywords of `models.load`,
+            and `dtype` as `checkpoint.DTYPES` has it.
 
     Raises:
         WorldError: there is no room, or no permission.
@@ -128,7 +129,8 @@ def reproduce(folder: Path, base: Path | None) -> Reproduced:
         raise InputError(str(error.filename), "must be there", "give a folder of a run's quarantine") from None
     config = TrainConfig.model_validate(settings["train"])
     model = _model(folder, settings["made_from"], base).train()
-    training = Training(model, [], config, 1, settings["seed"])
+    here = Ranks(settings["rank"], settings["world"])  # dropout is a function of them
+    training = Training(model, [], config, 1, settings["seed"], here)
     if kept["lanes"] is not None:
         training.set_lanes([BlockState(*block) for block in kept["lanes"]])
     numbers = {name: kept[name] for name in ("step_weight", "learned", "tokens")}

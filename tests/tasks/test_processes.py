@@ -1,5 +1,6 @@
 """`python -m tasks.train` as two processes: one set of files, one end for both, and a kill loses nothing."""
 
+import json
 import os
 import random
 import signal
@@ -7,9 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
-from project import make
+from project import copy_of, make
+
+from rwkv_core import checkpoint
+from rwkv_core.data.binidx import Documents
 
 pytestmark = pytest.mark.slow
 OUTPUTS = ("adapter.pth", "history.csv", "valid.csv")
@@ -113,6 +118,30 @@ def test_kills_of_one_process_or_both(project):
     assert kills == 1 or "continuing after step" in running.said()
     project.stage("train")
     assert bits(project) == project.expected
+
+
+def test_both_go_back_and_leave_out_what_harms(prepared, tmp_path):
+    """Lightning has started the second process, and starts no third when the first trains anew."""
+    project = copy_of(prepared, tmp_path / "harmed")
+    project.set(train__parallel__strategy="ddp", train__parallel__devices=2, train__epochs=None, train__steps=6)
+    sides = [Documents(project.root / "outputs/data" / side) for side in ("train", "valid")]
+    counts = [np.bincount(np.concatenate([set_of(x) for x in side]), minlength=65536) for side in sides]
+    rare = int(np.flatnonzero((counts[0] == 1) & (counts[1] == 0))[0])
+    base = project.root / "mine/base.pth"
+    tensors = checkpoint.read(base)
+    tensors["emb.weight"] = tensors["emb.weight"].clone()
+    tensors["emb.weight"][rare] = float("nan")
+    checkpoint.write(base, tensors)
+    said = project.stage("train").stdout
+    assert said.count(": quarantined") == 1, said
+    incidents = (project.root / "outputs/train/incidents.jsonl").read_text().splitlines()
+    (kept,) = json.loads(incidents[0])["values"]["kept"]
+    assert len(list((project.root / ".rwkvflow").rglob(kept))) == 1
+    assert project.json("outputs/train/metrics.json")["steps"] == 6
+
+
+def set_of(document):
+    return np.unique(np.asarray(document).astype(np.int64))
 
 
 def test_torchrun_starts_the_processes(project):

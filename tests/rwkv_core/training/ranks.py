@@ -1,7 +1,8 @@
 """Some runs, shared by as many processes as torchrun has started. Started by test_parallel.py: ranks.py FOLDER.
 
-Reads FOLDER/base.pth, FOLDER/data and FOLDER/runs.json; each run leaves <name>.pth and <name>.json. A run may `stop` at a
-step, as if signalled, and be started again. With DS_ACCELERATOR=cpu, DeepSpeed and FSDP run without a card.
+Reads FOLDER/base.pth, FOLDER/data and FOLDER/runs.json; each run leaves <name>.pth and <name>.json. A run may have another
+`base`, and may `stop` at a step, as if signalled, and be started again. With DS_ACCELERATOR=cpu, DeepSpeed and FSDP run
+without a card.
 """
 
 import json
@@ -19,6 +20,7 @@ from rwkv_core.config import TrainConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.rows import rows
 from rwkv_core.errors import Interrupted
+from rwkv_core.files import sha256
 from rwkv_core.training.fit import fit
 from rwkv_core.training.parallel import Ranks
 
@@ -32,10 +34,14 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     without_card.allow()
 
 
-def run(name, settings, method, stop):
+def run(name, settings, method, stop, base="base.pth"):
     config = TrainConfig(**settings)
-    model = models.load(folder / "base.pth")
+    model = models.load(folder / base)
     adapter = EXAMPLES[method]
+    made_from = {
+        "adapter": adapter.model_dump(mode="json"), "base": base, "base_sha256": sha256(folder / base),
+        "load": {"head_size_divisor": None, "op": "auto", "quantize": "none"}, "dtype": "fp32",
+    }  # fmt: skip
     attach(model, adapter, seed=3)
     after_state = adapter.state != "none"
     data = [
@@ -50,7 +56,17 @@ def run(name, settings, method, stop):
 
     groups = model.parameter_groups(config.optimizer.lr, config.optimizer.weight_decay)
     try:
-        result = fit(model, groups, *data, config, seed=11, folder=folder / f"run {name}", log=log, here=here)
+        result = fit(
+            model,
+            groups,
+            *data,
+            config,
+            seed=11,
+            folder=folder / f"run {name}",
+            log=log,
+            here=here,
+            made_from=made_from,
+        )
     except Interrupted:
         return False
     if here.rank == 0:

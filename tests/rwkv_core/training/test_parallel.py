@@ -24,7 +24,7 @@ from rwkv_core.data.rows import rows
 from rwkv_core.data.sampling import MicroBatches
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.models.state import BlockState
-from rwkv_core.training import parallel
+from rwkv_core.training import parallel, reproduce
 from rwkv_core.training.guards import Guards
 from rwkv_core.training.module import Lanes, Training
 from rwkv_core.training.parallel import Ranks
@@ -240,11 +240,13 @@ def test_what_needs_all_of_it_in_one_process_is_refused(strategy, section, chang
     parallel.check(train_config(**given), after_state=False, quantized=False)
 
 
-def test_several_processes_stop_where_one_would_go_back(tmp_path):
-    """Lightning would start the others once more."""
-    asked = {"not_finite": "quarantine", "out_of_memory": "replan"}
-    assert train_config(guards=asked).goes_back
-    config = shared("ddp", devices=2).model_copy(update={"guards": train_config(guards=asked).guards})
+ASKED = {"not_finite": "quarantine", "out_of_memory": "replan"}
+
+
+def test_processes_with_shares_stop_where_others_go_back(tmp_path):
+    assert train_config(guards=ASKED).goes_back
+    assert shared("ddp", devices=2).model_copy(update={"guards": train_config(guards=ASKED).guards}).goes_back
+    config = shared("fsdp", devices=2).model_copy(update={"guards": train_config(guards=ASKED).guards})
     assert not config.goes_back
     met = []
     for rank in (0, 1):
@@ -255,6 +257,18 @@ def test_several_processes_stop_where_one_would_go_back(tmp_path):
             guards.out_of_memory(torch.OutOfMemoryError("none left"))
         met.append(len((tmp_path / "incidents.jsonl").read_text().splitlines()))
     assert met == [2, 2], "the first notes what all of them see"
+
+
+def test_one_of_several_processes_without_memory_says_how_the_run_goes_on(tmp_path):
+    """The others wait for it, so nobody goes back in this run; the next one has smaller micro-batches."""
+    config = shared("ddp", devices=2).model_copy(
+        update={"guards": train_config(guards=ASKED).guards, "micro_batch": 4, "accumulate": 3}
+    )
+    second = Guards(tmp_path, config, None, Ranks(1, 2))
+    with pytest.raises(WorldError, match="run again: the run continues with micro-batches of 2"):
+        second.out_of_memory(torch.OutOfMemoryError("none left"))
+    again = [Guards(tmp_path, config, None, Ranks(rank, 2)).config for rank in (0, 1)]
+    assert [(x.micro_batch, x.accumulate) for x in again] == [(2, 6), (2, 6)]
 
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -351,6 +365,43 @@ def test_two_processes_learn_what_one_does(prepared):
             assert found[3] == 4
             assert found[1] == same[1]
             assert all(torch.equal(x, same[0][key]) for key, x in found[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_and_leave_out_what_one_does(prepared):
+    """Each by itself reads its micro-batches of the step; what one of them finds is known to both."""
+    tensors = checkpoint.read(prepared / "base.pth")
+    tensors["emb.weight"][29] = math.nan
+    checkpoint.write(prepared / "bad.pth", tensors)
+    writer = Writer(prepared / "data" / "train")
+    for i in range(31):
+        writer.add([*range(1, 4 + i % 7), *([29] if i == 17 else []), 0])
+    writer.close()
+    writer = Writer(prepared / "data" / "valid")
+    for size in (4, 9, 6):
+        writer.add([*range(1, size), 0])
+    writer.close()
+    given = {"method": METHODS["lora"], "micro_batch": 1, "guards": {"not_finite": "quarantine"}, "rows": "pad"}
+    (alone,) = start(prepared, 1, [one("alone", world=1, accumulate=2, **given) | {"base": "bad.pth"}]).values()
+    chunks = given | CHUNKS
+    runs = [
+        one("both", world=2, accumulate=1, **given),
+        one("chunks", world=2, accumulate=1, **chunks),
+        one("chunks stopped", world=2, accumulate=1, stop=4, **chunks),
+    ]
+    found = start(prepared, 2, [run | {"base": "bad.pth"} for run in runs])
+    agree(alone, found["both"])
+    met = {name: (prepared / f"run {name}" / "incidents.jsonl").read_text() for name in ("alone", *found)}
+    assert met["alone"] == met["both"]
+    (incident,) = map(json.loads, met["both"].splitlines())
+    assert (incident["what"], incident["action"], len(incident["values"]["rows"])) == ("not_finite", "quarantined", 1)
+    (kept,) = (prepared / "run both").glob(f"{incident['values']['kept'][0]}")
+    reproduced = reproduce.reproduce(kept, prepared / "bad.pth")
+    assert math.isnan(reproduced.now.loss)
+    assert reproduced.first == "model.emb" or reproduced.first.endswith("emb")
+    assert met["chunks"] == met["chunks stopped"] != ""
+    assert found["chunks"][1] == found["chunks stopped"][1]
+    assert all(torch.equal(x, found["chunks stopped"][0][name]) for name, x in found["chunks"][0].items())
 
 
 @pytest.mark.slow
