@@ -10,6 +10,7 @@ from rwkv_core.config import EvaluateConfig
 from rwkv_core.errors import InputError
 from rwkv_core.evaluation.held_out import Scores, compare
 from rwkv_core.evaluation.measure import FEWEST
+from rwkv_core.evaluation.subject import Said
 
 TURN = "\n\nUser:"
 """What ends an answer, beside token 0: the user's next turn begins."""
@@ -77,16 +78,15 @@ def finite(scores: Sequence[Scores]) -> Check:
     )
 
 
-def answers(given: Sequence[tuple[str, str]], ended: float) -> list[Check]:
+def answers(given: Sequence[Said], ended: float) -> list[Check]:
     """The answers end by themselves, and speak for nobody else.
 
     Args:
-        given: continuations of questions, with TURN as what stops them; each is a text, and its ending as of
-            `generation.text.Continuation`.
+        given: continuations of questions, with TURN as what stops them.
         ended: least share that ends.
     """
-    ends = sum(ending in ("end", "stop") for _, ending in given)
-    leaks = [text for text, _ in given if _ROLE.search(text)]
+    ends = sum(answer.ending in ("end", "stop") for answer in given)
+    leaks = [answer.text for answer in given if _ROLE.search(answer.text)]
     shown = f", as {' '.join(leaks[0].split())[:80]!r}" if leaks else ""
     return [
         Check("answers end", f"{ends} of {len(given)} do", f"at least {ended:.0%} do", ends / len(given) >= ended),
