@@ -95,6 +95,7 @@ def evaluate(
         )
     with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
         documents, sources = read(data, tuned.tokenizer, Path(folder))
+        about = {"path": str(data), "sha256": documents.digest()}
         judged = []
         for name, subject in (("base", base), ("tuned", tuned)):  # one in memory at a time
             judged.append(
@@ -112,7 +113,7 @@ def evaluate(
     if out is not None:
         with whole_folder(out) as made:
             write_json(made / "metrics.json", metrics)
-            write_json(made / "receipt.json", {"base": dict(base.about), "tuned": dict(tuned.about), "data": str(data)})
+            write_json(made / "receipt.json", {"base": dict(base.about), "tuned": dict(tuned.about), "data": about})
             write_documents(made / "documents.csv", *scores, sources)
             write_positions(made / "positions.csv", rows)
     return metrics, rows
