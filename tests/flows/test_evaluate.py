@@ -50,13 +50,10 @@ def test_a_packed_model_beside_itself(tmp_path):
     """Told on the command line, written to a folder; the second time nothing is scored. What is not its own stays."""
     from project import write_base, write_corpus
 
+    (tmp_path / "params.yaml").touch()  # a checkout keeps what is known of models
     write_base(tmp_path / "base.pth")
     write_corpus(tmp_path / "text.jsonl", rows=30)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",
@@ -79,7 +76,7 @@ def test_a_packed_model_beside_itself(tmp_path):
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     receipt = json.loads(written["receipt.json"])
     assert [receipt[name]["quantize"] for name in ("base", "tuned")] == ["none", "nf4"]
-    assert len(list((tmp_path / "cache/rwkv-flow/scores").iterdir())) == 2
+    assert len(list((tmp_path / ".rwkvflow/scores").iterdir())) == 2
     second = run()
     assert second.stdout == first.stdout
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == written

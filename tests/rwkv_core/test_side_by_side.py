@@ -81,7 +81,7 @@ def test_what_can_t_be_compared_is_refused_in_words(subjects, text, tmp_path, ra
     with pytest.raises(InputError, match="have vocabularies of 64 and 256 tokens"):
         side_by_side.evaluate(Subject(tmp_path / "small.pth", BYTES), subjects[0], text, **SETTINGS)
     checkpoint.write(tmp_path / "none.pth", {"x": checkpoint.read(tmp_path / "small.pth")["ln_out.weight"]})
-    with pytest.raises(InputError, match="has no emb.weight, so it is no RWKV"):
+    with pytest.raises(InputError, match=r"has no emb\.weight, so it is no RWKV"):
         side_by_side.vocabulary(tmp_path / "none.pth")
     with pytest.raises(InputError, match="there is no such file or folder"):
         side_by_side.read(tmp_path / "nothing", BYTES, tmp_path)
