@@ -222,7 +222,7 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
             "*.jsonl",
         ),
         "merged": ("receipt.json",),
-        "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "documents.csv", "*.png", "*.svg"),
+        "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "*.csv", "*.png", "*.svg"),
         "export": ("conformance.json",),
     }
     found = {f"pipeline/{file}": root / file for file in ("params.yaml", "dvc.yaml", "dvc.lock")}
@@ -346,7 +346,7 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from _numbers(value, f"{name}/")
         elif isinstance(value, list) and len(value) == 2:
             yield from _numbers({"low": value[0], "high": value[1]}, f"{name}/")
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, value
 
 
