@@ -14,6 +14,7 @@ from rwkv_core import checkpoint, gate, models
 from rwkv_core.adapters import file as adapter_file
 from rwkv_core.data import near
 from rwkv_core.data.binidx import Documents
+from rwkv_core.data.dialogue import TURN
 from rwkv_core.data.prepare import whole
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.evaluation import held_out as evaluation
@@ -297,7 +298,7 @@ def _scored(
             temperature=settings.samples.temperature,
             top_p=settings.samples.top_p,
             seed=params.seed,
-            stop=(gate.TURN,),
+            stop=(TURN,),
         )
         begin = None if tuned is None else mount(model.initial_state(1), tuned)
         states = [begin] * len(prompts)

@@ -5,7 +5,8 @@ import pytest
 from data_settings import ROOT
 
 from rwkv_core.evaluation.held_out import Scores
-from rwkv_core.gate import TURN, answers, finite, kept, lower
+from rwkv_core.data.dialogue import TURN
+from rwkv_core.gate import answers, finite, kept, lower
 from rwkv_core.generation.text import Continuation, Output
 from rwkv_core.models.state import State
 from tasks.params import load

@@ -1,4 +1,4 @@
-"""A model that is examined: what it reads before a text, and how likely it finds what follows one.
+"""How a model reads what it is asked, and how likely it finds what follows.
 
 What several continuations have in common is read once: the choices of a question after one reading of the question, and the
 questions after one reading of the examples that stand before them all. The state is what makes it possible.
@@ -34,8 +34,8 @@ _ROWS = 256
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, and how it is read.
+class Reader:
+    """A model, and how it reads.
 
     Every text is read after token 0, as documents are in training and as BlinkDL's own evaluations do; or after a tuned state,
     and then without token 0, as the state was tuned. A state predicts nothing by itself, so after one the first token of a text
@@ -133,36 +133,36 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 @memory.reused()
 @torch.no_grad()
 def likelihoods(
-    subject: Subject, pairs: Sequence[Pair], *, progress: Callable[[int, int], None] | None = None
+    reader: Reader, pairs: Sequence[Pair], *, progress: Callable[[int, int], None] | None = None
 ) -> Likelihoods:
     """How likely each continuation is after its context.
 
     Args:
-        subject: who is asked.
+        reader: the model.
         pairs: P of them, in any order: those of equal contexts are read together.
         progress: is told how many pairs are done, and how many there are.
     """
     found = Likelihoods(np.zeros(len(pairs)), np.zeros(len(pairs), np.int64), np.ones(len(pairs), bool))
     asked: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for i, pair in enumerate(pairs):
-        before, goals = subject.placed(pair)
+        before, goals = reader.placed(pair)
         found.tokens[i] = len(goals)
         if goals:
             asked.setdefault(before, []).append((i, goals))
     done = int(np.count_nonzero(found.tokens == 0))
-    model, ctx_len = subject.model, subject.ctx_len
+    model, ctx_len = reader.model, reader.ctx_len
     for shared, contexts in _families(list(asked)):
-        begun = subject.begin
+        begun = reader.begin
         if shared:
             _, begun = read(model, contexts[0][:shared], begun, ctx_len)
         contexts.sort(key=len, reverse=True)  # the largest first: too little memory shows at once
-        for some in _batches(contexts, subject.batch):
+        for some in _batches(contexts, reader.batch):
             state = None if begun is None else select(begun, [0] * len(some))
             logits, after = read_together(model, [context[shared:] for context in some], state, ctx_len)
             rows = [(row, i, goals) for row, context in enumerate(some) for i, goals in asked[context]]
             rows.sort(key=lambda row: len(row[2]), reverse=True)
-            for several in _batches(rows, subject.batch):
-                _continue(subject, several, logits, after, found)
+            for several in _batches(rows, reader.batch):
+                _continue(reader, several, logits, after, found)
             done += len(rows)
             if progress is not None:
                 progress(done, len(pairs))
@@ -195,7 +195,7 @@ def _batches(of: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 
 
 def _continue(
-    subject: Subject,
+    reader: Reader,
     rows: Sequence[tuple[int, int, tuple[int, ...]]],
     logits: Tensor,
     after: State,
@@ -213,13 +213,13 @@ def _continue(
     if longest > 1:
         state = select(after, where)
         inputs = targets.clamp(min=END)
-        for at in range(0, longest - 1, subject.ctx_len):
-            stop = min(at + subject.ctx_len, longest - 1)
-            features, state = subject.model.features(inputs[:, at:stop], state)
+        for at in range(0, longest - 1, reader.ctx_len):
+            stop = min(at + reader.ctx_len, longest - 1)
+            features, state = reader.model.features(inputs[:, at:stop], state)
             wanted = (targets[:, at + 1 : stop + 1] != IGNORE).nonzero()
             for some in wanted.split(_ROWS):
                 row, column = some[:, 0], some[:, 1]
-                nats, greedy = _judged(subject.model.head(features[row, column]), targets[row, at + 1 + column])
+                nats, greedy = _judged(reader.model.head(features[row, column]), targets[row, at + 1 + column])
                 total.index_add_(0, row, nats.double())
                 right[row[~greedy]] = False
     found.nats[numbers], found.greedy[numbers] = total.cpu().numpy(), right.cpu().numpy()

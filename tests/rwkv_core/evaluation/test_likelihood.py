@@ -5,16 +5,16 @@ import pytest
 import torch
 from random_models import VERSIONS, make
 
-from rwkv_core.evaluation import subject as module
-from rwkv_core.evaluation.subject import Pair, Subject, encode_pair, likelihoods
+from rwkv_core.evaluation import likelihood as module
+from rwkv_core.evaluation.likelihood import Pair, Reader, encode_pair, likelihoods
 from rwkv_core.models.state import BlockState, mount
 from rwkv_core.tokenizer import Tokenizer, greedy_encoder, world
 
 LETTERS = Tokenizer([b"", *(bytes([31 + i]) for i in range(1, 64))], lambda text: [ord(c) - 31 for c in text])
 
 
-def subject(model, **changes):
-    return Subject(**{"model": model.eval(), "tokenizer": LETTERS, "ctx_len": 7, "batch": 3} | changes)
+def reader(model, **changes):
+    return Reader(**{"model": model.eval(), "tokenizer": LETTERS, "ctx_len": 7, "batch": 3} | changes)
 
 
 def tuned(model):
@@ -66,7 +66,7 @@ def some_pairs(seed=0):
 def test_likelihoods_are_those_of_each_continuation_by_itself(version):
     model = make(version=version)
     pairs = some_pairs()
-    found = likelihoods(subject(model), pairs)
+    found = likelihoods(reader(model), pairs)
     wanted = [alone(model, pair) for pair in pairs]
     np.testing.assert_allclose(found.nats, [nats for nats, _, _ in wanted], rtol=1e-4)
     assert found.tokens.tolist() == [tokens for _, tokens, _ in wanted]
@@ -74,7 +74,7 @@ def test_likelihoods_are_those_of_each_continuation_by_itself(version):
 
 
 def test_what_greedy_decoding_writes_is_found_greedy(tiny):
-    asked = subject(tiny, ctx_len=4)
+    asked = reader(tiny, ctx_len=4)
     prompts = ["ABCDE", "QRSTUVWX", "A", "B" * 20]
     written = asked.answers(prompts, max_tokens=6)
     pairs = [Pair(tuple(LETTERS.encode(p)), tuple(LETTERS.encode(a.text))) for p, a in zip(prompts, written, strict=True)]
@@ -90,7 +90,7 @@ def test_after_a_state_the_first_token_of_a_text_is_not_scored(with_state, tiny)
     state = tuned(tiny) if with_state else None
     begin = mount(tiny.initial_state(1), state) if state else None
     pairs = some_pairs(1)
-    found = likelihoods(subject(tiny, begin=begin, skip_first=True), pairs)
+    found = likelihoods(reader(tiny, begin=begin, skip_first=True), pairs)
     wanted = [alone(tiny, pair, state, skip_first=True) for pair in pairs]
     np.testing.assert_allclose(found.nats, [nats for nats, _, _ in wanted], rtol=1e-4)
     assert found.tokens.tolist() == [tokens for _, tokens, _ in wanted]
@@ -100,16 +100,16 @@ def test_after_a_state_the_first_token_of_a_text_is_not_scored(with_state, tiny)
 @pytest.mark.parametrize(("ctx_len", "batch"), [(1, 1), (3, 8), (1000, 100)])
 def test_likelihoods_do_not_depend_on_how_the_work_is_cut(ctx_len, batch, tiny):
     pairs = some_pairs()
-    one, other = (likelihoods(subject(tiny, **sizes), pairs) for sizes in ({}, {"ctx_len": ctx_len, "batch": batch}))
+    one, other = (likelihoods(reader(tiny, **sizes), pairs) for sizes in ({}, {"ctx_len": ctx_len, "batch": batch}))
     np.testing.assert_allclose(one.nats, other.nats, rtol=1e-4)
     assert (one.greedy == other.greedy).all()
 
 
 def test_positions_are_judged_a_bounded_number_at_a_time(tiny, monkeypatch):
     pairs = some_pairs()
-    whole = likelihoods(subject(tiny), pairs)
+    whole = likelihoods(reader(tiny), pairs)
     monkeypatch.setattr(module, "_ROWS", 2)
-    np.testing.assert_allclose(likelihoods(subject(tiny), pairs).nats, whole.nats, rtol=1e-5)
+    np.testing.assert_allclose(likelihoods(reader(tiny), pairs).nats, whole.nats, rtol=1e-5)
 
 
 def test_what_pairs_have_in_common_is_read_once(tiny):
@@ -125,7 +125,7 @@ def test_what_pairs_have_in_common_is_read_once(tiny):
         return features(tokens, state)
 
     tiny.features = counted
-    likelihoods(subject(tiny, batch=8), pairs)
+    likelihoods(reader(tiny, batch=8), pairs)
     assert sum(read) == 100 + 10 * 20 + 40 * 4
 
 
