@@ -1,4 +1,4 @@
-"""The questions in held-out rows: what a model answers, how much of it is right, and whether it finds the right choice likeliest.
+"""The questions in held-out rows: what a model answers, and how much of it is right.
 
 Answers are compared as SQuAD does it, and those with Chinese in them as MLQA does: small letters, no punctuation, no articles;
 a Chinese character is a word.
@@ -24,12 +24,14 @@ from rwkv_core.data.dialogue import ASKING, turns
 from rwkv_core.data.mask import byte_lengths
 from rwkv_core.evaluation.choices import Choice, Chosen, choose
 from rwkv_core.evaluation.form import FORM
-from rwkv_core.evaluation.measure import Items
 from rwkv_core.evaluation.likelihood import Reader
+from rwkv_core.evaluation.measure import Items
 from rwkv_core.tokenizer import Tokenizer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_WORDS = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\s\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_WORDS = re.compile(
+    r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\s\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+)
 _THOUGHT_ENDS = "</think>"
 
 _OPTION = re.compile(r"^\s*[(（]?([A-J])[)）.、:：]\s*(\S.*?)\s*$", re.MULTILINE)
@@ -188,7 +190,9 @@ def judge(reader: Reader, asked: Sequence[Question], max_tokens: int) -> dict[st
         found = choose(reader, rows)
         for name in Chosen._fields:
             measured[f"choice_{name}"] = _by_document(with_choices, getattr(found, name).tolist())
-    form = {name: _by_document(asked, [float(holds(a)) for a in answers]) for name, holds in FORM.items()}
+    form = {
+        name: _by_document(asked, [float(holds(a.text, a.ending)) for a in answers]) for name, holds in FORM.items()
+    }
     return {"answers": measured, "format": form}
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_core.evaluation.measure import Array
 from rwkv_core.evaluation.likelihood import Reader, likelihoods
+from rwkv_core.evaluation.measure import Array
 
 
 class Choice(NamedTuple):

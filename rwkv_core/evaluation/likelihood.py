@@ -5,7 +5,6 @@ questions after one reading of the examples that stand before them all. The stat
 Shapes: B batch, R positions, V vocabulary, P pairs.
 """
 
-import os.path
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -75,7 +74,7 @@ class Reader:
         return self.generate(prompts, sampling)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Continuation]:
-        """As `answers`, with any sampling; what is drawn depends on the seed and on the prompt's place in the order of lengths."""
+        """As `answers`, with any sampling: what is drawn depends on the seed, and on the prompt's place by length."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         states = None if self.begin is None else [self.begin] * len(prompts)
         found = generate(
@@ -126,7 +125,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """
     kept = context.rstrip()
     whole, alone = tokenizer.encode(context + continuation), tokenizer.encode(kept)
-    seam = len(os.path.commonprefix([whole, alone]))
+    seam = _common(whole, alone)
     return Pair(tuple(whole[:seam]), tuple(whole[seam:]))
 
 
@@ -183,10 +182,15 @@ def _families(contexts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, list[t
         if len(members) == 1:
             alone += members
         else:
-            shared = len(os.path.commonprefix(members))
+            shared = _common(min(members), max(members))  # between these two in the order of words lie all others
             yield min(shared, min(map(len, members)) - 1), members  # each is left a token, whose logits come next
     if alone:
         yield 0, alone
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with that are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _batches(of: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -1,15 +1,15 @@
 """How much of its training text a model recites.
 
-Source: Carlini et al. 2022, "Quantifying Memorization Across Neural Language Models", arXiv:2202.07646, definition 3.1: a string
-is extractable with k tokens of context if the model, given the k tokens that stand before it in the training data, writes it by
-greedy decoding.
+Source: Carlini et al. 2022, "Quantifying Memorization Across Neural Language Models", arXiv:2202.07646, definition 3.1: a
+string is extractable with k tokens of context if the model, given the k tokens that stand before it in the training data,
+writes it by greedy decoding.
 """
 
 import numpy as np
 
 from rwkv_core.data.binidx import Documents
-from rwkv_core.evaluation.measure import Items
 from rwkv_core.evaluation.likelihood import Pair, Reader, likelihoods
+from rwkv_core.evaluation.measure import Items
 
 
 def passages(documents: Documents, *, count: int, prompt: int, continuation: int, seed: int) -> list[Pair]:

@@ -1,10 +1,10 @@
-"""Test sets in files of the user: the last words of passages, as LAMBADA has them, and questions with choices.
+r"""Test sets in files of the user: the last words of passages, as LAMBADA has them, and questions with choices.
 
 What the public sets' files have is known by their fields, and asked as lm-eval asks it:
 
     LAMBADA     text                                    the text without its last word -> the last word
     HellaSwag   activity_label, ctx_a, ctx_b, endings, label       "activity: ctx" -> each ending
-    ARC         question, choices {text, label}, answerKey         "Question: ...\\nAnswer:" -> each text
+    ARC         question, choices {text, label}, answerKey         "Question: ...\nAnswer:" -> each text
     ARC's own   question {stem, choices [{text, label}]}, answerKey
     MMLU        question, choices, answer, subject; or a .csv without a header: question, A, B, C, D, answer
                                                         question, "A. ..." lines, "Answer:" -> each letter
@@ -27,8 +27,8 @@ from rwkv_core.data import readers
 from rwkv_core.data.readers import Row
 from rwkv_core.errors import InputError
 from rwkv_core.evaluation.choices import Choice, choose
-from rwkv_core.evaluation.measure import Items
 from rwkv_core.evaluation.likelihood import Reader, likelihoods
+from rwkv_core.evaluation.measure import Items
 
 _ANSWERS = ("answer", "gold", "label", "answerKey")
 _MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
@@ -61,7 +61,9 @@ def read(path: Path) -> Sequence[Passage] | Sequence[Choice]:
             raise InputError(where, str(error), _REMEDY) from None
         if found and type(asked) is not type(found[0]):
             raise InputError(
-                where, "is of another kind than the rows before it", "put passages and questions into files of their own"
+                where,
+                "is of another kind than the rows before it",
+                "put passages and questions into files of their own",
             )
         found.append(asked)
     if not found:
@@ -84,7 +86,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         case ".parquet":
             rows = readers.parquet(path, name, 0, len(readers.parquet_sizes(path, name)[0]), 1)
         case ending:
-            raise InputError(f"{path}: {ending or 'no ending'}", "read are .jsonl, .json, .csv, .tsv, .parquet", "rename it")
+            raise InputError(
+                f"{path}: {ending or 'no ending'}", "read are .jsonl, .json, .csv, .tsv, .parquet", "rename it"
+            )
     for row in rows:
         if not isinstance(row, Row):
             raise InputError(row.where, row.reason, "correct the row")
@@ -107,7 +111,9 @@ def _mmlu(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not cells:
                 continue
             if len(cells) != len(_MMLU_COLUMNS):
-                raise InputError(where, f"{len(cells)} columns: MMLU's are {', '.join(_MMLU_COLUMNS)}", "correct the row")
+                raise InputError(
+                    where, f"{len(cells)} columns: MMLU's are {', '.join(_MMLU_COLUMNS)}", "correct the row"
+                )
             question, *choices, answer = cells
             yield where, {"question": question, "choices": choices, "answer": answer, "subject": path.stem}
 
@@ -176,7 +182,9 @@ def _listed(choices: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise ValueError("choices: must be a list of two texts or more")
     if labels is not None and (not isinstance(labels, Sequence) or len(labels) != len(texts)):
         raise ValueError("choices: must have a label for each text")
-    return tuple(_text(text, "choices") for text in texts), tuple(map(str, labels or string.ascii_uppercase[: len(texts)]))
+    return tuple(_text(text, "choices") for text in texts), tuple(
+        map(str, labels or string.ascii_uppercase[: len(texts)])
+    )
 
 
 def _right(fields: Mapping[str, Any], texts: tuple[str, ...], labels: tuple[str, ...]) -> int:

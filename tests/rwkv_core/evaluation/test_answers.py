@@ -185,16 +185,12 @@ def test_a_real_model_is_asked(tmp_path):
     assert 0 < found["answers"]["choice_acc"].mean() < 1
 
 
-def said(text, ending="end"):
-    return Continuation(text, ending, State(), text)
-
-
 def test_forms_of_answers():
-    assert [ends(said("x", ending)) for ending in ("end", "stop", "length", "halted")] == [True, True, False, False]
+    assert [ends("x", ending) for ending in ("end", "stop", "length", "halted")] == [True, True, False, False]
     for text in (" 3\n\nAssistant: 4", "User: what?", " x\nSystem：y", " x\n  User : y"):
-        assert not one_turn(said(text))
-    assert one_turn(said(" the User: field is his"))
-    assert plain_colons(said(" 3\n\nUser: 4"))
-    assert plain_colons(said(" 他说：User：是"))
+        assert not one_turn(text, "end")
+    assert one_turn(" the User: field is his", "end")
+    assert plain_colons(" 3\n\nUser: 4", "end")
+    assert plain_colons(" 他说：User：是", "end")
     for text in ("User：你好", " 好的\nAssistant：是", "\n\nHuman：再见"):
-        assert not plain_colons(said(text))
+        assert not plain_colons(text, "end")

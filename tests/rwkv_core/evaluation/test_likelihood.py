@@ -77,7 +77,9 @@ def test_what_greedy_decoding_writes_is_found_greedy(tiny):
     asked = reader(tiny, ctx_len=4)
     prompts = ["ABCDE", "QRSTUVWX", "A", "B" * 20]
     written = asked.answers(prompts, max_tokens=6)
-    pairs = [Pair(tuple(LETTERS.encode(p)), tuple(LETTERS.encode(a.text))) for p, a in zip(prompts, written, strict=True)]
+    pairs = [
+        Pair(tuple(LETTERS.encode(p)), tuple(LETTERS.encode(a.text))) for p, a in zip(prompts, written, strict=True)
+    ]
     assert all(len(pair.continuation) > 3 for pair in pairs)
     assert likelihoods(asked, pairs).greedy.all()
     last = [pair._replace(continuation=(*pair.continuation[:-1], 1 + pair.continuation[-1] % 60)) for pair in pairs]
@@ -149,7 +151,7 @@ def test_the_seam_is_encoded_as_lm_eval_encodes_it():
 
 
 def test_a_token_across_the_seam_is_scored():
-    """"Assistant:" and "** A" have a token ":**" between them, which lm-eval would lose."""
+    """ "Assistant:" and "** A" have a token ":**" between them, which lm-eval would lose."""
     pair = encode_pair(world(), "Assistant:", "** A")
     assert world().decode(pair.context) == "Assistant"
     assert world().decode(pair.continuation) == ":** A"

@@ -1,4 +1,4 @@
-"""lm-eval with a model of ours: against its own path for Hugging Face's RWKV-4, and against our own measures of the same files."""
+"""lm-eval with a model of ours: against its own path for Hugging Face's RWKV-4, and our own measures of the same files."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from rwkv_core.evaluation.lm_eval import RWKVLM, paired, run
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import bytes_tokenizer, pile
 
-WORDS = "the cat sat on a mat and the dog thought that it was the best of times".split()
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "thought", "it", "was", "best", "of", "times")
 
 
 def sentence(rng, words):
@@ -104,7 +104,10 @@ def twins(tmp_path_factory):
 
     ours = make(version="4", vocab_size=264, seed=3).eval()
     renamed = {"att.": "attention.", "ffn.": "feed_forward.", "ln0": "pre_ln", "emb.": "embeddings."}
-    renamed |= {f"time_mix_{short}": f"time_mix_{name}" for short, name in zip("kvr", ("key", "value", "receptance"))}
+    renamed |= {
+        f"time_mix_{short}": f"time_mix_{name}"
+        for short, name in zip("kvr", ("key", "value", "receptance"), strict=True)
+    }
     tensors = {}
     for name, x in ours.state_dict().items():
         for one, other in renamed.items():
@@ -154,7 +157,9 @@ def test_our_own_numbers_of_the_same_files_are_lm_eval_s(twins, folder):
     found = run(reader, settings(folder, *TASKS[:2]))
     for task in ("lambada", "arc"):
         ours = task_files.measure(reader, task_files.read(folder / f"{task}.jsonl"))
-        theirs = {name.partition("/")[2]: items for name, items in found.items.items() if name.startswith(f"own_{task}/")}
+        theirs = {
+            name.partition("/")[2]: items for name, items in found.items.items() if name.startswith(f"own_{task}/")
+        }
         assert ours.keys() == theirs.keys()
         for name, items in ours.items():
             np.testing.assert_allclose(items.total, theirs[name].total, rtol=1e-6)
@@ -192,7 +197,9 @@ def test_a_metric_of_a_whole_task_stays_in_the_table():
         for i in (2, 0, 1, 3)
     ]
     results = {"own": {"alias": "own", "f1,none": 0.4, "acc,none": 0.5, "acc_stderr,none": "N/A"}}
-    found = paired({"samples": {"own": samples}, "results": results, "higher_is_better": {"own": {"acc": True, "f1": True}}})
+    found = paired(
+        {"samples": {"own": samples}, "results": results, "higher_is_better": {"own": {"acc": True, "f1": True}}}
+    )
     assert found.unpaired == ["own/f1"]
     assert found.items["own/acc"].total.tolist() == [1, 0, 0, 1]  # in the documents' order
     assert found.table["own"]["f1,none"] == 0.4
