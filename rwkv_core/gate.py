@@ -10,6 +10,7 @@ from rwkv_core.errors import InputError
 from rwkv_core.evaluation.form import ends, one_turn
 from rwkv_core.evaluation.held_out import Scores, compare
 from rwkv_core.evaluation.measure import FEWEST
+from rwkv_core.evaluation.subject import Said
 
 
 class Check(NamedTuple):
@@ -72,16 +73,15 @@ def finite(scores: Sequence[Scores]) -> Check:
     )
 
 
-def answers(given: Sequence[tuple[str, str]], ended: float) -> list[Check]:
+def answers(given: Sequence[Said], ended: float) -> list[Check]:
     """The answers end by themselves, and speak for nobody else.
 
     Args:
-        given: continuations of questions, with TURN as what stops them; each is a text, and its ending as of
-            `generation.text.Continuation`.
+        given: continuations of questions, with TURN as what stops them.
         ended: least share that ends.
     """
-    ended_themselves = sum(ends(text, ending) for text, ending in given)
-    leaks = [text for text, ending in given if not one_turn(text, ending)]
+    ended_themselves = sum(map(ends, given))
+    leaks = [answer.text for answer in given if not one_turn(answer)]
     shown = f", as {' '.join(leaks[0].split())[:80]!r}" if leaks else ""
     return [
         Check(

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rwkv_core import models, report
+from rwkv_core.checkpoint import Dtype
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.whole import Source, whole
 from rwkv_core.errors import InputError
@@ -49,7 +48,7 @@ def evaluate() -> None:
         *settings.samples.prompts,
         *held_out.held_out_prompts(documents, tokenizer, settings.samples.held_out),
     ]
-    state, store = stage.mounted(), Store(main_root(Path.cwd()) / STORE)
+    state, known = stage.mounted(), store(Path.cwd())
     # merged, the base's config.json is lost
     divisor = models.divisor(params.model.base, params.model.head_size_divisor)
     suite = Suite(
@@ -71,7 +70,7 @@ def evaluate() -> None:
         for name, path in (("base", params.model.base), ("tuned", stage.MODEL)):  # one in memory at a time
             subject = Subject(
                 path, tokenizer, state=state if name == "tuned" else None, dtype=precision(params), op=params.model.op,
-                head_size_divisor=divisor, store=store,
+                head_size_divisor=divisor, store=known,
             )  # fmt: skip
             judged[name] = judge(
                 subject, on, ctx_len=settings.ctx_len, batch=settings.batch, skip_first=state is not None,
@@ -108,6 +107,11 @@ def evaluate() -> None:
     print(f"{report.verdict(comparison)} The report is {stage.EVALUATE / 'report.html'}")
 
 
+def store(root: Path) -> Store:
+    """What is known of models: in a checkout, the main one's; elsewhere, the user's."""
+    return Store(main_root(root) / STORE) if (root / "params.yaml").exists() else Store.of_user()
+
+
 def sources(manifest: Mapping[str, Any]) -> list[Source]:
     """The parts of data.parts in the held-out documents, by a preparation's manifest."""
     valid = manifest["valid"]
@@ -115,9 +119,9 @@ def sources(manifest: Mapping[str, Any]) -> list[Source]:
     return [Source(part["name"], part["first"], part["documents"]) for part in valid.get("parts", whole)]
 
 
-def precision(params: Params) -> torch.dtype:
+def precision(params: Params) -> Dtype:
     """What models are judged in: as they were trained."""
-    return torch.bfloat16 if params.train.precision == "bf16" else torch.float32
+    return "bf16" if params.train.precision == "bf16" else "fp32"
 
 
 def _check_place(setting: str, path: Path | None) -> None:

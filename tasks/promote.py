@@ -21,15 +21,14 @@ from rwkv_core.evaluation import held_out as evaluation
 from rwkv_core.evaluation.judge import Judged, Texts
 from rwkv_core.evaluation.judge import judge as judge_model
 from rwkv_core.evaluation.measure import changes
-from rwkv_core.evaluation.store import Store
-from rwkv_core.evaluation.subject import Subject
+from rwkv_core.evaluation.subject import Said, Subject
 from rwkv_core.export import export
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.gate import Check
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.tokenizer import named
 from tasks import mirror, registry, stage, tracking
-from tasks.evaluate import STORE, precision, sources
+from tasks.evaluate import precision, sources, store
 from tasks.params import Params
 from tasks.record import main_root
 from tasks.registry import Registry, Version
@@ -159,9 +158,9 @@ def _judge(
     if rules.answers is not None:
         prompts = evaluation.held_out_prompts(held_out, tokenizer, rules.answers.count)
     skip_first = any(one is not None and one.state for one in (version, champion))
-    base, store = _base(root, version), Store(main_root(root) / STORE)
+    base, known_scores = _base(root, version), store(root)
     judged: dict[str, Judged] = {}
-    given: list[tuple[str, str]] = []
+    given: list[Said] = []
     with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
         general = None
         if settings.general is not None:
@@ -174,7 +173,7 @@ def _judge(
             say(f"scoring the {name}: {len(held_out)} held-out documents{also}")
             subject = Subject(
                 path, tokenizer, state=state, dtype=precision(params), op=params.model.op,
-                head_size_divisor=made.record.base["head_size_divisor"], store=store,
+                head_size_divisor=made.record.base["head_size_divisor"], store=known_scores,
             )  # fmt: skip
             one = judge_model(
                 subject, Texts(held_out, parts, general), ctx_len=settings.ctx_len, batch=settings.batch,
@@ -271,7 +270,7 @@ def _base(root: Path, version: Version) -> Path:
     return path
 
 
-def _answers(subject: Subject, prompts: Sequence[str], params: Params) -> list[tuple[str, str]]:
+def _answers(subject: Subject, prompts: Sequence[str], params: Params) -> list[Said]:
     """What it says to the prompts, and why each answer ended."""
     settings, rules = params.evaluate, params.promote.answers
     if rules is None:

@@ -26,6 +26,7 @@ from rwkv_core.evaluation.choices import Choice, Chosen, choose
 from rwkv_core.evaluation.form import FORM
 from rwkv_core.evaluation.likelihood import Reader
 from rwkv_core.evaluation.measure import Items
+from rwkv_core.evaluation.subject import Said
 from rwkv_core.tokenizer import Tokenizer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -191,7 +192,8 @@ def judge(reader: Reader, asked: Sequence[Question], max_tokens: int) -> dict[st
         for name in Chosen._fields:
             measured[f"choice_{name}"] = _by_document(with_choices, getattr(found, name).tolist())
     form = {
-        name: _by_document(asked, [float(holds(a.text, a.ending)) for a in answers]) for name, holds in FORM.items()
+        name: _by_document(asked, [float(holds(Said(a.text, a.ending))) for a in answers])
+        for name, holds in FORM.items()
     }
     return {"answers": measured, "format": form}
 

@@ -19,6 +19,7 @@ import torch
 
 import kernels
 import rwkv_core
+from kernels import build
 from rwkv_core.files import explain
 
 T = TypeVar("T")
@@ -64,6 +65,11 @@ class Store:
             most: bytes of all of them.
         """
         self._folder, self._most = folder, most
+
+    @classmethod
+    def of_user(cls) -> "Store":
+        """In the user's cache folder."""
+        return cls(build.cache() / "scores")
 
     @contextlib.contextmanager
     def journal(self, about: Mapping[str, Any]) -> Iterator[Journal]:

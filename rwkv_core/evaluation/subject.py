@@ -1,28 +1,39 @@
 """A model that is judged as it is used: with an adapter beside its matrices, after a state, packed, or as any file has it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.choice import Op
 from rwkv_core import checkpoint, models
 from rwkv_core.adapters import attach, file
+from rwkv_core.checkpoint import Dtype
 from rwkv_core.config import AdapterConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.errors import InputError
 from rwkv_core.evaluation.held_out import Scores, score
+from rwkv_core.evaluation.measure import Items
 from rwkv_core.evaluation.store import Store
 from rwkv_core.files import sha256
 from rwkv_core.formats.tuned_state import is_part
 from rwkv_core.generation.sampling import Sampling
-from rwkv_core.generation.text import Continuation, generate
+from rwkv_core.generation.text import Ending, generate
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import State, mount
 from rwkv_core.quantize import Form
 from rwkv_core.tokenizer import Tokenizer
+
+
+class Said(NamedTuple):
+    """What a model said to a prompt."""
+
+    text: str
+    ending: Ending
 
 
 class Subject:
@@ -39,7 +50,7 @@ class Subject:
         adapter: Path | None = None,
         state: Path | None = None,
         quantize: Form | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
         op: Op = "auto",
         head_size_divisor: float | None = None,
         store: Store | None = None,
@@ -54,7 +65,7 @@ class Subject:
             state: a file of a state tuned on it.
             quantize: how the matrices of the blocks are packed; None: as they were when the adapter was trained, if there is
                 one, else not at all.
-            dtype: what to compute in; None: the file's.
+            dtype: what to compute in; None: bf16 on a GPU, else fp32.
             op: implementation of the operators.
             head_size_divisor: see `models.divisor`.
             store: of what is known already; None: nothing is, and nothing is kept.
@@ -69,7 +80,8 @@ class Subject:
                 raise InputError(str(state), f"{adapter} has a state of its own", "give one of them")
         self.path, self.tokenizer = path, tokenizer
         self._adapter, self._adapter_file, self._state_file = record and record.adapter, adapter, state
-        self._dtype, self._op, self._divisor = dtype, op, models.divisor(path, head_size_divisor)
+        dtype = dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+        self._dtype, self._op, self._divisor = checkpoint.DTYPES.get(dtype), op, models.divisor(path, head_size_divisor)
         self._quantize: Form = quantize or (record.quantize if record else "none")
         self._store = store or Store(None)
         self._loaded: RWKV | None = None
@@ -78,7 +90,7 @@ class Subject:
             "adapter": None if adapter is None else sha256(adapter),
             "state": None if state is None else sha256(state),
             "quantize": self._quantize,
-            "dtype": str(dtype),
+            "dtype": dtype,
             "op": op,
             "head_size_divisor": self._divisor,
             "vocabulary": tokenizer.digest,
@@ -155,35 +167,29 @@ class Subject:
                 journal=journal,
             )  # fmt: skip
 
-    def texts(self, prompts: Sequence[str], sampling: Sampling, *, ctx_len: int, batch: int) -> list[tuple[str, str]]:
-        """What it says to each prompt, and why that ended, as a `Continuation` has them; from the store, if it is there."""
-        facts = {
-            "of": "texts",
-            "prompts": list(prompts),
-            "sampling": sampling.__dict__,
-            "ctx_len": ctx_len,
-            "batch": batch,
-        }
+    def texts(self, prompts: Sequence[str], sampling: Sampling, *, ctx_len: int, batch: int) -> list[Said]:
+        """What it says to each prompt; from the store, if it is there."""
+        facts = {"of": "texts", "prompts": prompts, "sampling": asdict(sampling), "ctx_len": ctx_len, "batch": batch}
 
-        def make() -> list[tuple[str, str]]:
-            return [
-                (one.text, one.ending) for one in self.continuations(prompts, sampling, ctx_len=ctx_len, batch=batch)
-            ]
+        def make() -> list[Said]:
+            states = [self.start()] * len(prompts)
+            found = generate(self.model, self.tokenizer, prompts, sampling, ctx_len=ctx_len, batch=batch, states=states)
+            return [Said(one.text, one.ending) for one in found]
 
-        return [(text, ending) for text, ending in self._store.once({**self.about, **facts}, make)]
+        return [Said(*one) for one in self._store.once({**self.about, **facts}, make)]
 
-    def continuations(
-        self, prompts: Sequence[str], sampling: Sampling, *, ctx_len: int, batch: int
-    ) -> list[Continuation]:
-        """What it says to each prompt, made anew."""
-        states = [self.start()] * len(prompts)
-        return generate(self.model, self.tokenizer, prompts, sampling, ctx_len=ctx_len, batch=batch, states=states)
-
-    def once(self, what: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """Any other measurement of this model: what `make` makes, or what it made for the same facts before.
+    def measured(self, facts: Mapping[str, Any], make: Callable[[], Mapping[str, Items]]) -> dict[str, Items]:
+        """Any other measure of this model, by name; from the store, if it is there.
 
         Args:
-            what: all that it depends on beside the model; its name too.
-            make: gives something that JSON has.
+            facts: all that it depends on beside the model: what is measured, on what, by which settings.
+            make: measures it.
         """
-        return self._store.once({**self.about, **what}, make)
+
+        def as_lists() -> dict[str, Any]:
+            return {name: (x.total.tolist(), x.weight.tolist(), x.higher_is_better) for name, x in make().items()}
+
+        found = self._store.once({**self.about, **facts}, as_lists)
+        return {
+            name: Items(np.array(total), np.array(weight), higher) for name, (total, weight, higher) in found.items()
+        }

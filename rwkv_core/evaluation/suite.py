@@ -4,8 +4,6 @@ import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from rwkv_core.config import EvaluateConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.evaluation import answers, memorised, task_files
@@ -16,8 +14,6 @@ from rwkv_core.files import sha256
 from rwkv_core.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
-
-_Stored = dict[str, dict[str, tuple[list[float], list[float], bool]]]
 
 
 class Suite:
@@ -63,7 +59,7 @@ class Suite:
             self._passages = memorised.passages(training, count=settings.memorised.count, seed=seed, **sizes)
             if not self._passages:
                 say(f"no training row has {sum(sizes.values())} tokens: what is memorised is not measured")
-        self._files = {name: (sha256(path), task_files.read(path)) for name, path in settings.tasks.items()}
+        self._files = {name: (task_files.read(path), sha256(path)) for name, path in settings.tasks.items()}
 
     def ask(self, subject: Subject) -> Measures:
         """What a model gets: groups answers, format, memorised, tasks and lm_eval, of those that are asked for.
@@ -76,14 +72,14 @@ class Suite:
         if settings.answers is not None and self._questions:
             longest, asked = settings.answers.max_tokens, self._questions
             of = {"of": "answers", **self._of, **settings.answers.model_dump()}
-            found |= self._once(subject, of, lambda reader: answers.judge(reader, asked, longest))
+            found |= _grouped(self._measured(subject, of, lambda reader: _flat(answers.judge(reader, asked, longest))))
         if settings.memorised is not None and self._passages:
             of = {"of": "memorised", "passages": [[*pair.context, *pair.continuation] for pair in self._passages]}
             of |= settings.memorised.model_dump()
-            found |= self._once(subject, of, lambda reader: {"memorised": memorised.recited(reader, self._passages)})
-        for name, (digest, rows) in self._files.items():
+            found["memorised"] = self._measured(subject, of, lambda reader: memorised.recited(reader, self._passages))
+        for name, (rows, digest) in self._files.items():
             of = {"of": "task", "file": digest}
-            measured = self._once(subject, of, lambda reader, rows=rows: {"": task_files.measure(reader, rows)})[""]
+            measured = self._measured(subject, of, lambda reader, rows=rows: task_files.measure(reader, rows))
             found.setdefault("tasks", {}).update({f"{name}/{metric}": items for metric, items in measured.items()})
         if settings.lm_eval is not None:
             found["lm_eval"] = self._lm_eval(subject)
@@ -96,36 +92,41 @@ class Suite:
         if settings is None:
             raise ValueError("lm-eval is not asked for")
 
-        def make(reader: Reader) -> dict[str, dict[str, Items]]:
+        def make(reader: Reader) -> Mapping[str, Items]:
             results = lm_eval.run(reader, settings)
             for name in results.unpaired:
                 task, _, metric = name.partition("/")
                 told = {key: value for key, value in results.table[task].items() if key.split(",")[0] == metric}
                 self._say(f"lm-eval, {task}: {told} is of the whole task, and gets no interval")
-            return {"lm_eval": dict(results.items)}
+            return results.items
 
         of = {"of": "lm_eval", "version": importlib.metadata.version("lm_eval"), **settings.model_dump(mode="json")}
         if settings.include is not None:
             of["files"] = sha256(settings.include)
-        return self._once(subject, of, make)["lm_eval"]
+        return self._measured(subject, of, make)
 
-    def _once(
-        self, subject: Subject, of: Mapping[str, Any], make: Callable[[Reader], dict[str, dict[str, Items]]]
-    ) -> dict[str, dict[str, Items]]:
+    def _measured(
+        self, subject: Subject, of: Mapping[str, Any], make: Callable[[Reader], Mapping[str, Items]]
+    ) -> dict[str, Items]:
+        """One part of what is asked; from the store, if it is there."""
         sizes = {"ctx_len": self._settings.ctx_len, "batch": self._settings.batch}
 
-        def ask() -> _Stored:
+        def ask() -> Mapping[str, Items]:
             self._say(f"asking for {of['of']}")
-            reader = Reader(
-                subject.model, subject.tokenizer, begin=subject.start(), skip_first=self._skip_first, **sizes
-            )
-            return {
-                group: {name: (x.total.tolist(), x.weight.tolist(), x.higher_is_better) for name, x in measured.items()}
-                for group, measured in make(reader).items()
-            }
+            begin = subject.start()
+            return make(Reader(subject.model, subject.tokenizer, begin=begin, skip_first=self._skip_first, **sizes))
 
-        stored: _Stored = subject.once({**of, **sizes, "skip_first": self._skip_first}, ask)
-        return {
-            group: {name: Items(np.array(x), np.array(y), better) for name, (x, y, better) in measured.items()}
-            for group, measured in stored.items()
-        }
+        return subject.measured({**of, **sizes, "skip_first": self._skip_first}, ask)
+
+
+def _flat(measures: Measures) -> dict[str, Items]:
+    """As the store keeps them: by "group/name"."""
+    return {f"{group}/{name}": items for group, measured in measures.items() for name, items in measured.items()}
+
+
+def _grouped(measured: Mapping[str, Items]) -> dict[str, dict[str, Items]]:
+    found: dict[str, dict[str, Items]] = {}
+    for name, items in measured.items():
+        group, _, inner = name.partition("/")
+        found.setdefault(group, {})[inner] = items
+    return found

@@ -6,6 +6,7 @@ from data_settings import ROOT
 from documents import scores_of
 
 from rwkv_core.data.dialogue import TURN
+from rwkv_core.evaluation.subject import Said
 from rwkv_core.gate import answers, finite, kept, lower
 from rwkv_core.generation.text import Output
 from tasks.params import load
@@ -71,14 +72,14 @@ def test_general_text_may_lose_as_much_as_the_margin(change, margin, passed):
 
 
 def test_answers_end_by_themselves():
-    given = [(" It is 3.", "end"), (" Four", "stop"), (" and and and", "length"), ("", "end")]
+    given = [Said(" It is 3.", "end"), Said(" Four", "stop"), Said(" and and and", "length"), Said("", "end")]
     assert [check.passed for check in answers(given, 0.75)] == [True, True]
     assert [check.passed for check in answers(given, 0.76)] == [False, True]
 
 
 @pytest.mark.parametrize("text", [" Three.\nUser: and", " 3\n\nAssistant: 4", " x\nSystem：y", "User: what?"])
 def test_an_answer_that_begins_another_turn_is_found(text):
-    ended, alone = answers([(text, "end"), (" fine; the User: field is his", "end")], 1.0)
+    ended, alone = answers([Said(text, "end"), Said(" fine; the User: field is his", "end")], 1.0)
     assert ended.passed
     assert not alone.passed
     assert alone.found.startswith("1 of 2 ")

@@ -12,6 +12,7 @@ from rwkv_core.data.prepare import prepare
 from rwkv_core.evaluation.answers import Question, exact_match, f1, judge, options, questions, words
 from rwkv_core.evaluation.form import ends, one_turn, plain_colons
 from rwkv_core.evaluation.likelihood import Reader
+from rwkv_core.evaluation.subject import Said
 from rwkv_core.generation.text import Continuation
 from rwkv_core.models.state import State
 from rwkv_core.tokenizer import world
@@ -186,11 +187,11 @@ def test_a_real_model_is_asked(tmp_path):
 
 
 def test_forms_of_answers():
-    assert [ends("x", ending) for ending in ("end", "stop", "length", "halted")] == [True, True, False, False]
+    assert [ends(Said("x", ending)) for ending in ("end", "stop", "length", "halted")] == [True, True, False, False]
     for text in (" 3\n\nAssistant: 4", "User: what?", " x\nSystem：y", " x\n  User : y"):
-        assert not one_turn(text, "end")
-    assert one_turn(" the User: field is his", "end")
-    assert plain_colons(" 3\n\nUser: 4", "end")
-    assert plain_colons(" 他说：User：是", "end")
+        assert not one_turn(Said(text, "end"))
+    assert one_turn(Said(" the User: field is his", "end"))
+    assert plain_colons(Said(" 3\n\nUser: 4", "end"))
+    assert plain_colons(Said(" 他说：User：是", "end"))
     for text in ("User：你好", " 好的\nAssistant：是", "\n\nHuman：再见"):
-        assert not plain_colons(text, "end")
+        assert not plain_colons(Said(text, "end"))
