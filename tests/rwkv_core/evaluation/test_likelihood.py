@@ -157,3 +157,10 @@ def test_a_token_across_the_seam_is_scored():
     assert world().decode(pair.continuation) == ":** A"
     abc = greedy_encoder([b"", b"a", b"b", b"ab", b"abc", b"c"])
     assert encode_pair(Tokenizer([], abc), "ab", "c") == ((), (4,))
+
+
+def test_of_equal_tokens_greedy_decoding_takes_the_first():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]]).expand(4, 4)
+    nats, greedy = module._judged(logits, torch.arange(4))
+    assert greedy.tolist() == [False, True, False, False]
+    assert nats.tolist() == pytest.approx((-torch.log_softmax(logits[0].double(), 0)).tolist())
