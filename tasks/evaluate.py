@@ -39,9 +39,9 @@ def evaluate() -> None:
     params = load()
     settings, documents = params.evaluate, Documents(stage.DATA / "valid")
     _check_place("evaluate.general", settings.general)
-    _check_place("evaluate.lm_eval.include", settings.lm_eval and settings.lm_eval.include)
-    for name, file in settings.tasks.items():
-        _check_place(f"evaluate.tasks.{name}", file)
+    _check_place("evaluate.lm_eval.include", settings.lm_eval.include if settings.lm_eval else None)
+    for name, path in settings.tasks.items():
+        _check_place(f"evaluate.tasks.{name}", path)
     tokenizer = named(params.data.tokenizer, params.data.special_tokens)
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     prompts = [
@@ -77,7 +77,7 @@ def evaluate() -> None:
                 progress=_Told(name), further=suite.ask,
             )  # fmt: skip
             texts[name] = _samples(subject, prompts, params)
-    draws = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": params.seed}
+    draws: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": params.seed}
     comparison = compare(judged["base"], judged["tuned"], on.sources, **draws)
     base, tuned = judged["base"].held_out, judged["tuned"].held_out
     samples = [

@@ -27,6 +27,7 @@ from rwkv_core.evaluation.form import FORM
 from rwkv_core.evaluation.likelihood import Reader
 from rwkv_core.evaluation.measure import Items
 from rwkv_core.evaluation.subject import Said
+from rwkv_core.generation.text import Continuation
 from rwkv_core.tokenizer import Tokenizer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -173,7 +174,7 @@ def judge(reader: Reader, asked: Sequence[Question], max_tokens: int) -> dict[st
     """
     if not asked:
         return {"answers": {}, "format": {}}
-    given = {}
+    given = dict[int, Continuation]()
     for stop in dict.fromkeys(question.stop for question in asked):
         of = [i for i, question in enumerate(asked) if question.stop == stop]
         prompts = [asked[i].prompt for i in of]
@@ -201,4 +202,6 @@ def judge(reader: Reader, asked: Sequence[Question], max_tokens: int) -> dict[st
 def _by_document(asked: Sequence[Question], values: Sequence[float]) -> Items:
     """Items of the documents, in their order."""
     _, document = np.unique([question.document for question in asked], return_inverse=True)
-    return Items(np.bincount(document, values), np.bincount(document).astype(float), higher_is_better=True)
+    return Items(
+        np.bincount(document, values).astype(float), np.bincount(document).astype(float), higher_is_better=True
+    )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +41,13 @@ class Scores(NamedTuple):
     tokens_by_position: Array
     """(D, P)."""
 
-    def of(self, chosen: npt.NDArray[np.bool_]) -> Self:
+    def of(self, chosen: npt.NDArray[np.bool_]) -> "Scores":
         """Those of some documents, (D,)."""
-        return self._make(column[chosen] for column in self)
+        return Scores(*(column[chosen] for column in self))
 
-    def without(self, left_out: npt.NDArray[np.bool_]) -> Self:
+    def without(self, left_out: npt.NDArray[np.bool_]) -> "Scores":
         """As many documents, of which those (D,) count for nothing."""
-        return self._make(np.where(left_out.reshape(-1, *[1] * (c.ndim - 1)), 0.0, c) for c in self)
+        return Scores(*(np.where(left_out.reshape(-1, *[1] * (c.ndim - 1)), 0.0, c) for c in self))
 
     def loss(self) -> float:
         """Mean cross-entropy in nats a token."""
@@ -160,11 +160,12 @@ def _batch(
     nats = np.zeros(count.shape)
     tokens, goals = tokens.to(device), goals.to(device)
     carried = None if state is None else mount(model.initial_state(len(chosen)), state)
+    head = model.head.now()
     for at in range(0 if state is None else 1, longest, ctx_len):
         targets = goals[:, at + 1 : at + 1 + ctx_len]
         inputs = tokens[:, at : at + targets.shape[1]].clamp(min=END)
         features, carried = model.features(inputs, carried)
-        nll = token_nll(features.flatten(0, 1), model.head.weight, targets.flatten())
+        nll = token_nll(features.flatten(0, 1), head, targets.flatten())
         first, last = np.searchsorted(begins, [at, at + targets.shape[1] - 1], "right") - 1
         cuts = np.maximum(begins[first : last + 1] - at, 0)
         nats[:, first : last + 1] += np.add.reduceat(nll.view(targets.shape).double().cpu().numpy(), cuts, 1)

@@ -221,8 +221,8 @@ def _continue(
             stop = min(at + reader.ctx_len, longest - 1)
             features, state = reader.model.features(inputs[:, at:stop], state)
             wanted = (targets[:, at + 1 : stop + 1] != IGNORE).nonzero()
-            for some in wanted.split(_ROWS):
-                row, column = some[:, 0], some[:, 1]
+            for first in range(0, len(wanted), _ROWS):
+                row, column = wanted[first : first + _ROWS].unbind(1)
                 nats, greedy = _judged(reader.model.head(features[row, column]), targets[row, at + 1 + column])
                 total.index_add_(0, row, nats.double())
                 right[row[~greedy]] = False

@@ -1,5 +1,6 @@
 """All that models are asked beside the losses of documents: the same of each, and asked once for the same bytes."""
 
+import functools
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,7 +80,7 @@ class Suite:
             found["memorised"] = self._measured(subject, of, lambda reader: memorised.recited(reader, self._passages))
         for name, (rows, digest) in self._files.items():
             of = {"of": "task", "file": digest}
-            measured = self._measured(subject, of, lambda reader, rows=rows: task_files.measure(reader, rows))
+            measured = self._measured(subject, of, functools.partial(task_files.measure, asked=rows))
             found.setdefault("tasks", {}).update({f"{name}/{metric}": items for metric, items in measured.items()})
         if settings.lm_eval is not None:
             found["lm_eval"] = self._lm_eval(subject)
