@@ -222,10 +222,10 @@ def _continue(
             features, state = reader.model.features(inputs[:, at:stop], state)
             wanted = (targets[:, at + 1 : stop + 1] != IGNORE).nonzero()
             for first in range(0, len(wanted), _ROWS):
-                row, column = wanted[first : first + _ROWS].unbind(1)
-                nats, greedy = _judged(reader.model.head(features[row, column]), targets[row, at + 1 + column])
-                total.index_add_(0, row, nats.double())
-                right[row[~greedy]] = False
+                of, column = wanted[first : first + _ROWS].unbind(1)
+                nats, greedy = _judged(reader.model.head(features[of, column]), targets[of, at + 1 + column])
+                total.index_add_(0, of, nats.double())
+                right[of[~greedy]] = False
     found.nats[numbers], found.greedy[numbers] = total.cpu().numpy(), right.cpu().numpy()
 
 
