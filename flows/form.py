@@ -42,6 +42,7 @@ EVALUATION = {
     "evaluate.batch": "Documents together",
     "evaluate.resamples": "Bootstrap draws",
     "evaluate.confidence": "Confidence",
+    "evaluate.general": "General text",
 }
 """What the form of an evaluation shows."""
 
