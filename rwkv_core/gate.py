@@ -1,6 +1,5 @@
 """May a model take another's place? Checks of its losses, its answers and its files, each with the number it was decided by."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,14 +7,10 @@ import numpy as np
 
 from rwkv_core.config import EvaluateConfig
 from rwkv_core.errors import InputError
+from rwkv_core.evaluation.form import ends, one_turn
 from rwkv_core.evaluation.held_out import Scores, compare
 from rwkv_core.evaluation.measure import FEWEST
 from rwkv_core.evaluation.subject import Said
-
-TURN = "\n\nUser:"
-"""What ends an answer, beside token 0: the user's next turn begins."""
-
-_ROLE = re.compile(r"^\s*(User|Assistant|System)\s*[:：]", re.MULTILINE)
 
 
 class Check(NamedTuple):
@@ -85,10 +80,15 @@ def answers(given: Sequence[Said], ended: float) -> list[Check]:
         given: continuations of questions, with TURN as what stops them.
         ended: least share that ends.
     """
-    ends = sum(answer.ending in ("end", "stop") for answer in given)
-    leaks = [answer.text for answer in given if _ROLE.search(answer.text)]
+    ended_themselves = sum(map(ends, given))
+    leaks = [answer.text for answer in given if not one_turn(answer)]
     shown = f", as {' '.join(leaks[0].split())[:80]!r}" if leaks else ""
     return [
-        Check("answers end", f"{ends} of {len(given)} do", f"at least {ended:.0%} do", ends / len(given) >= ended),
+        Check(
+            "answers end",
+            f"{ended_themselves} of {len(given)} do",
+            f"at least {ended:.0%} do",
+            ended_themselves / len(given) >= ended,
+        ),
         Check("answers are one turn", f"{len(leaks)} of {len(given)} begin another{shown}", "none does", not leaks),
     ]

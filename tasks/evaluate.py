@@ -18,6 +18,7 @@ from rwkv_core.evaluation.held_out import Scores
 from rwkv_core.evaluation.judge import Judged, Texts, compare, judge, write_documents, write_positions
 from rwkv_core.evaluation.store import Store
 from rwkv_core.evaluation.subject import Subject
+from rwkv_core.evaluation.suite import Suite
 from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.tokenizer import named
@@ -38,6 +39,9 @@ def evaluate() -> None:
     params = load()
     settings, documents = params.evaluate, Documents(stage.DATA / "valid")
     _check_place("evaluate.general", settings.general)
+    _check_place("evaluate.lm_eval.include", settings.lm_eval.include if settings.lm_eval else None)
+    for name, path in settings.tasks.items():
+        _check_place(f"evaluate.tasks.{name}", path)
     tokenizer = named(params.data.tokenizer, params.data.special_tokens)
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     prompts = [
@@ -47,6 +51,16 @@ def evaluate() -> None:
     state, known = stage.mounted(), store(Path.cwd())
     # merged, the base's config.json is lost
     divisor = models.divisor(params.model.base, params.model.head_size_divisor)
+    suite = Suite(
+        settings,
+        tokenizer,
+        documents,
+        Documents(stage.DATA / "train") if settings.memorised is not None else None,
+        marks=[part.marks[0] for part in params.data.parts if part.marks is not None],
+        seed=params.seed,
+        skip_first=state is not None,
+        say=lambda text: print(text, flush=True),
+    )
     judged, texts = dict[str, Judged](), dict[str, list[str]]()
     with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
         general = None
@@ -60,7 +74,7 @@ def evaluate() -> None:
             )  # fmt: skip
             judged[name] = judge(
                 subject, on, ctx_len=settings.ctx_len, batch=settings.batch, skip_first=state is not None,
-                progress=_Told(name),
+                progress=_Told(name), further=suite.ask,
             )  # fmt: skip
             texts[name] = _samples(subject, prompts, params)
     draws: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": params.seed}

@@ -14,6 +14,7 @@ from rwkv_core import gate, models
 from rwkv_core.adapters import file as adapter_file
 from rwkv_core.data import near
 from rwkv_core.data.binidx import Documents
+from rwkv_core.data.dialogue import TURN
 from rwkv_core.data.whole import whole
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.evaluation import held_out as evaluation
@@ -284,7 +285,7 @@ def _answers(subject: Subject, prompts: Sequence[str], params: Params) -> list[S
         temperature=settings.samples.temperature,
         top_p=settings.samples.top_p,
         seed=params.seed,
-        stop=(gate.TURN,),
+        stop=(TURN,),
     )
     return subject.texts(prompts, drawn, ctx_len=settings.ctx_len, batch=settings.batch)
 

@@ -104,7 +104,8 @@ def make(root: Path) -> Project:
         evaluate__resamples=200,
     )
     samples = {"prompts": [], "held_out": 1, "max_tokens": 4, "temperature": 0, "top_p": 1}
-    project.set(evaluate__samples=samples)
+    answers, memorised = {"count": 12, "max_tokens": 4}, {"count": 20, "prompt": 8, "continuation": 2}
+    project.set(evaluate__samples=samples, evaluate__answers=answers, evaluate__memorised=memorised)
     project.run("git", "init", "-q", "-b", "main")
     project.run("git", "add", "-A")
     project.run("git", "commit", "-qm", "as cloned")

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
         "rich", "matplotlib", "jinja2", "bitsandbytes", "deepspeed", "peft", "filelock", "pyarrow", "huggingface_hub",
+        "lm_eval",
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",

@@ -27,6 +27,45 @@ class SampleConfig(Config):
     """Draw only from the likeliest tokens that together have this probability."""
 
 
+class QuestionsConfig(Config):
+    """What held-out rows ask: every answer in them is asked for, after all that stands before it."""
+
+    count: int = Field(ge=1)
+    """Held-out rows that are asked, drawn at random from those with an answer. All of their answers are."""
+
+    max_tokens: int = Field(ge=1)
+    """Longest answer, in tokens. The likeliest token is always taken."""
+
+
+class MemorisedConfig(Config):
+    """How much of its training rows a model recites, see rwkv_core/evaluation/memorised.py."""
+
+    count: int = Field(ge=1)
+    """Training rows that are looked at, drawn at random from those that are long enough."""
+
+    prompt: int = Field(ge=1)
+    """Tokens of a row that the model is given."""
+
+    continuation: int = Field(ge=1)
+    """Tokens that it must write after them, each the very one that is there."""
+
+
+class LmEvalConfig(Config):
+    """Tasks of lm-eval, the package of EleutherAI: pip install 'rwkv-flow[lm-eval]'."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks or groups, as lm-eval has them: lambada_openai, arc_easy, mmlu, ... Their data comes from the network."""
+
+    include: Path | None
+    """A folder in evaluation/ with task files of one's own, whose data may lie beside them. null: none."""
+
+    limit: int | None = Field(ge=1)
+    """Only so many samples of each task. null: all."""
+
+    num_fewshot: int | None = Field(ge=0)
+    """Examples before each question. null: as each task says."""
+
+
 class EvaluateConfig(Config):
     """How to judge the tuned model against its base."""
 
@@ -44,6 +83,18 @@ class EvaluateConfig(Config):
 
     general: Path | None
     """A file or folder in evaluation/ of text like what must not be forgotten: jsonl, csv, parquet, .txt, ... null: none."""
+
+    answers: QuestionsConfig | None
+    """Right answers, and answers in the right form. null: none are asked for."""
+
+    memorised: MemorisedConfig | None
+    """null: not measured."""
+
+    tasks: dict[str, Path]
+    """Test sets in files in evaluation/, by a name for each: LAMBADA's form, or questions with choices. {}: none."""
+
+    lm_eval: LmEvalConfig | None
+    """null: none."""
 
     samples: SampleConfig
 

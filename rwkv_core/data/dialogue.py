@@ -28,8 +28,17 @@ _FAMILIES = (  # who asks, who answers; a text has roles of one family, and of S
     (("Q",), ("A",)),
 )
 
+ASKING = {role: asking for asking, answering in _FAMILIES for role in asking + answering}
+"""The roles that ask in a text, by any role of its family: one of them behind a blank line ends an answer."""
+
+TURN = "\n\nUser:"
+"""What ends an answer in a chat, beside token 0: the user's next turn begins."""
+
 ROLES = ("System", *(word for family in _FAMILIES for words in family for word in words))
 """The words that begin a turn. "A" is one only in a text whose first role is "Q": novels have lines that begin with "A:"."""
+
+WIDE_COLON = re.compile(rf"(?:\A|\n)(?:{'|'.join(role for role in ROLES if len(role) > 2)})：")
+"""A role with a full-width colon, as in Chinese text: no client takes it for one. "Q：" and "A：" are usual in articles."""
 
 _FORMS: tuple[tuple[Column, ...], ...] = (
     ("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"), ("question", "answer"), ("text",),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from rwkv_core.data.dialogue import ROLES, Turn, begins_with_a_turn, turns
+from rwkv_core.data.dialogue import WIDE_COLON, Turn, begins_with_a_turn, turns
 from rwkv_core.tokenizer import Tokenizer
 
 
@@ -50,8 +50,6 @@ class Finding(NamedTuple):
     """The text there, and what to do."""
 
 
-_WORDS = "|".join(role for role in ROLES if len(role) > 2)  # "Q：" and "A：" are usual in Chinese articles
-_FULL_WIDTH = re.compile(rf"(?:\A|\n)(?:{_WORDS})：")
 _DOUBLED = re.compile(r"\s*(?:System|User|Human|Assistant|Bot)[:：]")  # others head good answers: "Input: a number"
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
@@ -107,7 +105,7 @@ def lint(text: str, tokenizer: Tokenizer) -> list[Finding]:
         maybe = any(sign in text for sign in _SIGNS) or any(sign.search(data) for sign in _MAYBE)
         if maybe and (misread := _MOJIBAKE.search(text)):
             find(Code.MOJIBAKE, misread.start(), "read the source by the encoding it was written in")
-        if "：" in text and (wide := _FULL_WIDTH.search(text)):
+        if "：" in text and (wide := WIDE_COLON.search(text)):
             at = wide.start() + wide[0].startswith("\n")
             find(Code.FULL_WIDTH_COLON, at, 'write ":" and one blank after the role')
             said = ()  # which turns there are can't be told

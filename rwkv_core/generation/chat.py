@@ -11,7 +11,7 @@ from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file
 from rwkv_core.adapters.state import give
 from rwkv_core.checkpoint import DTYPES, Dtype
-from rwkv_core.data.dialogue import one_turn
+from rwkv_core.data.dialogue import TURN, one_turn
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import sha256
 from rwkv_core.generation.sampling import Sampling
@@ -41,7 +41,7 @@ class Chat:
             state: tuned; the conversation begins from it. None: from a token 0, as a document in training.
         """
         self._model, self._tokenizer, self._start = model, tokenizer, state
-        self._sampling = replace(sampling, stop=(*sampling.stop, "\n\nUser:"))
+        self._sampling = replace(sampling, stop=(*sampling.stop, TURN))
         self._system = system
         self._answers = 0
         self.reset()

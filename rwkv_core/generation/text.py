@@ -149,7 +149,7 @@ def stream(
         prompts: what to continue. For a chat, each ends with "Assistant:", without a blank.
         sampling: how to draw, and when to stop.
         ctx_len: tokens of a prompt that go through the model at once. It bounds the memory.
-        batch: continuations side by side.
+        batch: continuations side by side; prompts too are read together, so those of like length should be neighbours.
         states: for each prompt the state of one row that it is read after, such as a continuation's or a tuned one; None: it
             begins a document, so the model reads token 0 first, as before every document in training.
         halt: asked before every token; when true, all continuations end as they are, and what waits has none.
@@ -162,18 +162,22 @@ def stream(
     logits = torch.empty(0)
     while waiting or rows:
         halted = halt()
-        while waiting and len(rows) < batch and not halted:
-            number, prompt = waiting.popleft()
-            before = states[number] if states is not None else None
-            ids = [*([END] if before is None else []), *tokenizer.encode(prompt)]
-            if not ids:
-                raise InputError(
-                    f"prompt {number} is empty", "a text that goes on must go on with something", "add some"
-                )
-            row_logits, row_state = read(model, ids, before, ctx_len)
-            logits = torch.cat((logits, row_logits)) if rows else row_logits
-            state = concatenate([state, row_state]) if rows else row_state
-            rows.append(_Row(number, sampling, tokenizer))
+        found = [] if halted else [waiting.popleft() for _ in range(min(len(waiting), batch - len(rows)))]
+        if found:
+            befores = [states[number] if states is not None else None for number, _ in found]
+            texts = [
+                [*([END] if before is None else []), *tokenizer.encode(prompt)]
+                for (_, prompt), before in zip(found, befores, strict=True)
+            ]
+            for (number, _), ids in zip(found, texts, strict=True):
+                if not ids:
+                    raise InputError(
+                        f"prompt {number} is empty", "a text that goes on must go on with something", "add some"
+                    )
+            new_logits, new_state = read_together(model, texts, _side_by_side(model, befores), ctx_len)
+            logits = torch.cat((logits, new_logits)) if rows else new_logits
+            state = concatenate([state, new_state]) if rows else new_state
+            rows += [_Row(number, sampling, tokenizer) for number, _ in found]
         for i, row in enumerate(rows):
             text = row.advance(logits[i], halted)
             if text or row.ending:
@@ -206,7 +210,13 @@ def generate(
     return [done[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
+def _side_by_side(model: RWKV, states: Sequence[State | None]) -> State | None:
+    """The states of single rows as one batch; None where nothing was read before any."""
+    if all(one is None for one in states):
+        return None
+    return concatenate([one if one is not None else model.initial_state(1) for one in states])
+
+
 def read(model: RWKV, ids: Sequence[int], state: State | None, ctx_len: int) -> tuple[Tensor, State]:
     """Take one text in, `ctx_len` tokens at a time: the logits (1, V) after its last token, and the state.
 
@@ -216,8 +226,43 @@ def read(model: RWKV, ids: Sequence[int], state: State | None, ctx_len: int) -> 
         state: before the text, of one row; None is the model's initial one.
         ctx_len: at least 1.
     """
-    tokens = torch.tensor([ids], device=model.emb.weight.device)
-    features, state = model.features(tokens[:, :ctx_len], state)
-    for at in range(ctx_len, len(ids), ctx_len):
-        features, state = model.features(tokens[:, at : at + ctx_len], state)
-    return model.head(features[:, -1]), state
+    return read_together(model, [ids], state, ctx_len)
+
+
+@torch.no_grad()
+def read_together(
+    model: RWKV, texts: Sequence[Sequence[int]], state: State | None, ctx_len: int
+) -> tuple[Tensor, State]:
+    """Take several texts in side by side: for each the logits (B, V) after its last token, and the state there.
+
+    Nothing is padded, for what a row reads stays in its state: where a text ends, its row leaves the batch. Texts of one length
+    are read in as many calls of the model as one is, so give those of like length together.
+
+    Args:
+        model: in evaluation mode.
+        texts: B of them, of at least one token each.
+        state: before the texts, of B rows; None is the model's initial one.
+        ctx_len: tokens of each text that go through the model at once, at least 1.
+    """
+    device = model.emb.weight.device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    left, at = order, 0
+    if state is not None and order != list(range(len(texts))):
+        state = select(state, order)
+    logits, states = list[Tensor](), list[State]()
+    while left:
+        stop = len(texts[left[0]])
+        tokens = torch.tensor([texts[i][at:stop] for i in left], device=device)
+        for start in range(0, stop - at, ctx_len):
+            features, state = model.features(tokens[:, start : start + ctx_len], state)
+        if state is None:
+            raise ValueError("a text has no tokens")
+        ended = sum(len(texts[i]) == stop for i in left)
+        logits.append(model.head(features[:ended, -1]))
+        states.append(state if ended == len(left) else select(state, range(ended)))
+        state = select(state, range(ended, len(left))) if ended < len(left) else state
+        left, at = left[ended:], stop
+    if len(states) == 1 and order == list(range(len(texts))):
+        return logits[0], states[0]
+    back = [order.index(i) for i in range(len(texts))]
+    return torch.cat(logits)[back], select(concatenate(states), back)

@@ -5,8 +5,9 @@ import pytest
 from data_settings import ROOT
 from documents import scores_of
 
+from rwkv_core.data.dialogue import TURN
 from rwkv_core.evaluation.subject import Said
-from rwkv_core.gate import TURN, answers, finite, kept, lower
+from rwkv_core.gate import answers, finite, kept, lower
 from rwkv_core.generation.text import Output
 from tasks.params import load
 

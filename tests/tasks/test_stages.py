@@ -78,6 +78,11 @@ def test_evaluate_compares_and_reports(done):
     assert page.count("<svg") == 2
     assert "http" not in page.replace("http://www.w3.org/", "")
     assert len(done.json("outputs/evaluate/samples.json")) == 1
+    measures = metrics["measures"]
+    assert measures["answers"].keys() == {"exact_match", "f1"}
+    assert measures["format"].keys() == {"ends", "one_turn", "plain_colons"}
+    assert measures["answers"]["f1"]["items"] == measures["format"]["ends"]["items"] == 12
+    assert measures["memorised"]["verbatim"]["items"] == 20
     (name, loss), *others = metrics["measures"]["sources"].items()
     assert (name, others) == ("all", [])
     assert (loss["items"], loss["base"]) == (metrics["documents"], metrics["base"]["loss"])
@@ -116,6 +121,26 @@ def test_general_text_is_judged_on_and_must_lie_where_dvc_looks(fresh):
     fresh.stage("evaluate")
     (loss,) = fresh.json("outputs/evaluate/metrics.json")["measures"]["general"].values()
     assert loss["items"] == 12
+
+
+@pytest.mark.slow
+def test_evaluate_asks_the_user_s_own_questions(fresh):
+    """Of files, and of a task of lm-eval that reads the same file: the numbers are the same."""
+    rows = [{"question": f"What is {i}?", "choices": ["the state", "a token"], "answer": i % 2} for i in range(20)]
+    (fresh.root / "evaluation/exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (fresh.root / "evaluation/exam.yaml").write_text(
+        "task: exam\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        "dataset_kwargs: {data_files: {test: evaluation/exam.jsonl}}\n"
+        'doc_to_text: "Question: {{question}}\\nAnswer:"\ndoc_to_target: answer\ndoc_to_choice: "{{choices}}"\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    asked = {"tasks": ["exam"], "include": "evaluation", "limit": None, "num_fewshot": None}
+    fresh.set(evaluate__tasks={"exam": "evaluation/exam.jsonl"}, evaluate__lm_eval=asked, evaluate__answers=None)
+    fresh.stage("evaluate", HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(fresh.root / "cache"))
+    measures = fresh.json("outputs/evaluate/metrics.json")["measures"]
+    assert measures["tasks"] == measures["lm_eval"]
+    assert measures["tasks"].keys() == {"exam/acc", "exam/acc_norm"}
+    assert "answers" not in measures
 
 
 def test_export_writes_what_it_checked(done):
@@ -266,6 +291,12 @@ def bad_inputs():
     yield "merge", lambda p: truncate(p.root / "outputs/train/adapter.pth", 0.7), ["adapter.pth", "cut short"]
     yield "evaluate", lambda p: truncate(p.root / "outputs/merged/model.pth", 0.7), ["model.pth", "cut short"]
     yield "evaluate", lambda p: truncate(p.root / "outputs/data/valid.bin", 0.5), ["valid.bin", "its index says"]
+    yield (
+        "evaluate",
+        setting(evaluate__tasks={"exam": "mine/x.jsonl"}),
+        ["must be in evaluation/", "evaluate.tasks.exam"],
+    )
+    yield "evaluate", setting(evaluate__tasks={"exam": "evaluation/README.md"}), ["README.md: .md", "read are .jsonl"]
     yield "export", setting(export__formats=["gguf"]), ["gguf", "'pth' or 'st'"]
 
 

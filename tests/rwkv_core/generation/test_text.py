@@ -9,8 +9,8 @@ from random_models import VERSIONS, make
 
 from rwkv_core.errors import InputError
 from rwkv_core.generation.sampling import Sampling
-from rwkv_core.generation.text import Continuation, Output, generate, read, stream
-from rwkv_core.models.state import BlockState, mount
+from rwkv_core.generation.text import Continuation, Output, generate, read, read_together, stream
+from rwkv_core.models.state import BlockState, concatenate, mount, select
 from rwkv_core.tokenizer import Tokenizer
 
 LETTERS = Tokenizer([b"", *(bytes([31 + i]) for i in range(1, 62)), b"", b""], lambda text: [ord(c) - 31 for c in text])
@@ -310,3 +310,26 @@ def test_the_logits_of_a_prompt_are_never_built():
     model.head.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape))
     generate(model, LETTERS, ["A LONG PROMPT", "ANOTHER"], GREEDY, ctx_len=4, batch=2)
     assert all(len(shape) == 2 and shape[0] <= 2 for shape in widths)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("ctx_len", [1, 4, 100])
+def test_texts_read_together_are_read_as_each_by_itself(version, ctx_len):
+    """Whatever their lengths and their order, from a state of their own each, and up to the state where each ends."""
+    model = make(version=version).eval()
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 64, (n,), generator=generator).tolist() for n in (5, 1, 9, 5, 13, 2)]
+    begun = [read(model, text, None, 100)[1] for text in texts[::-1]]
+    for states in (None, begun):
+        logits, after = read_together(model, texts, None if states is None else concatenate(states), ctx_len)
+        for row, text in enumerate(texts):
+            wanted, state = read(model, text, None if states is None else states[row], 100)
+            torch.testing.assert_close(logits[row : row + 1], wanted, rtol=1e-4, atol=1e-4)
+            for block, one in zip(select(after, [row]), state, strict=True):
+                torch.testing.assert_close(block, one, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_of_one_length_are_read_at_once():
+    model = Script(*ids("GHI"), 0)
+    read_together(model, [ids("ABC"), ids("DEF"), ids("DEF")], None, 100)
+    assert [len(tokens) for tokens in model.asked] == [3]
