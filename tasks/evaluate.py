@@ -1,11 +1,8 @@
 """evaluate: base and tuned model score the same held-out documents; a page says what came of it."""
 
 import csv
-import json
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +16,7 @@ from rwkv_core.generation.text import generate
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import Tokenizer, named
 from tasks import stage, tracking
+from tasks.evidence import evidence
 from tasks.params import Params, load
 
 
@@ -54,18 +52,9 @@ def evaluate() -> None:
             receipt["tuned"]["state_sha256"] = sha256(state)
         write_json(out / "receipt.json", receipt)
         _write_documents(out / "documents.csv", scores["base"], scores["tuned"])
-        pictures = _pictures(scores["base"], scores["tuned"])
-        for (_, figure), file in zip(pictures.items(), ("loss_curve.png", "documents.png"), strict=True):
-            report.save_picture(figure, out / file)
-        report.write(
-            out / "report.html",
-            comparison=comparison,
-            pictures=pictures,
-            samples=samples,
-            facts=_facts(params, receipt),
-        )
+        sentence = report.write(out, evidence(Path.cwd(), out))
     tracking.publish(Path.cwd(), params.tracking)
-    print(f"{report.verdict(comparison)} The report is {stage.EVALUATE / 'report.html'}")
+    print(f"{sentence.en} The report is {stage.EVALUATE / 'report.html'}")
 
 
 def _judge(
@@ -125,22 +114,6 @@ def _judge(
     return scores, texts
 
 
-def _pictures(base: Scores, tuned: Scores) -> dict[str, Any]:
-    scored = base.tokens > 0
-    train, valid = (_read_curve(stage.TRAIN / name) for name in ("history.csv", "valid.csv"))
-    return {
-        "Loss during training.": report.training_curve(train, valid),
-        "Every held-out document, in nats a token; below the line is better.": report.document_change(
-            *(one.nats[scored] / one.tokens[scored] for one in (base, tuned))
-        ),
-    }
-
-
-def _read_curve(path: Path) -> list[tuple[float, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-
-
 def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
     """One row for each document that is scored."""
     scored = np.flatnonzero(base.tokens)
@@ -152,58 +125,6 @@ def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
         table.writerows(
             [i, *(format(x, ".9g") for x in row)] for i, row in zip(scored.tolist(), columns.tolist(), strict=True)
         )
-
-
-def _words(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers with their names, and switches that are on."""
-    for name, value in settings.items():
-        word = name.replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _words(value)
-        elif value is True:
-            yield word
-        elif value is not False:
-            yield f"{word} {value:g}" if isinstance(value, int | float) else f"{word} {value}"
-
-
-def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
-    adapter, train = params.adapter, params.train
-    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers", "state", "load", "load_init"})
-    trained = [*getattr(adapter, "targets", ()), *adapter.also]
-    trained += [f"the initial state ({adapter.state})"] if adapter.state != "none" else []
-    tuned = receipt["tuned"]
-    mounted = {"mounted state sha256": tuned["state_sha256"][:16]} if "state_sha256" in tuned else {}
-    return {
-        "Data": {
-            "source": manifest["source"]["path"],
-            "rows": manifest["source"]["rows"],
-            "training": f"{manifest['train']['documents']} documents, {manifest['train']['tokens']} tokens",
-            "held out": f"{manifest['valid']['documents']} documents, {manifest['valid']['tokens']} tokens",
-            "split by": manifest["holdout"]["group"] or "text",
-        },
-        "Model": {
-            "base": params.model.base,
-            "base sha256": receipt["base"]["sha256"][:16],
-            "tuned sha256": tuned["sha256"][:16],
-            **mounted,
-        },
-        "Training": {
-            "method": ", ".join([adapter.kind, *_words(settings)]),
-            "trained": f"{', '.join(trained)}; layers: {adapter.layers}",
-            "frozen matrices kept in": "full" if params.model.quantize == "none" else params.model.quantize,
-            "begun from": adapter.load or "the method's own values",
-            "length": next(
-                f"{value:g} {name}"
-                for name in ("epochs", "steps", "tokens")
-                if (value := getattr(train, name)) is not None
-            ),
-            "rows": ", ".join((train.rows, *(["state carried"] if train.carry_state else []), train.order)),
-            "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
-            "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",
-            "seed": params.seed,
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
             "*.jsonl",
         ),
         "merged": ("receipt.json",),
-        "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "documents.csv", "*.png", "*.svg"),
+        "evaluate": ("receipt.json", "metrics.json", "report.html", "report*.md", "samples.json", "*.csv", "*.svg"),
         "export": ("conformance.json",),
     }
     found = {f"pipeline/{file}": root / file for file in ("params.yaml", "dvc.yaml", "dvc.lock")}
