@@ -48,11 +48,16 @@ class _Axes:
             self.add('<text x="{}" y="{}" text-anchor="middle">{}</text>', self.x(at), HEIGHT - _BOTTOM + 18, word)
         self.add('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>', _LEFT, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
         middle = (_LEFT + WIDTH - _RIGHT) / 2
-        self.add('<text class="name" x="{}" y="{}" text-anchor="middle">{}</text>', middle, HEIGHT - 6, _words(names[0]))
+        self.add(
+            '<text class="name" x="{}" y="{}" text-anchor="middle">{}</text>', middle, HEIGHT - 6, _words(names[0])
+        )
         place = (_TOP + HEIGHT - _BOTTOM) / 2
         turn = f"rotate(-90 13 {place:g})"
         self.add(
-            '<text class="name" x="13" y="{}" text-anchor="middle" transform="{}">{}</text>', place, turn, _words(names[1])
+            '<text class="name" x="13" y="{}" text-anchor="middle" transform="{}">{}</text>',
+            place,
+            turn,
+            _words(names[1]),
         )
 
     def x(self, value: float) -> float:

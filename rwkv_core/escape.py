@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 
 _MARKS = re.compile(r"([\\`*_\[\]|~$]|^#|^[+-](?= ))")
 _TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def visible(text: str) -> str:
     """With control characters told by their number: those that turn the order of what stands around them, and those that
-    are not seen. Line ends and tabs stay."""
+    are not seen. Line ends and tabs stay.
+    """
     return _UNSEEN.sub(_number, _TURNS.sub(_number, text))
 
 

@@ -107,7 +107,10 @@ def pictures(evidence: Evidence) -> list[tuple[str, Markup, Text]]:
 
 def parted(base: str, tuned: str) -> tuple[list[tuple[bool, str]], list[tuple[bool, str]]] | None:
     """Both texts in pieces, each with whether it is in this one only; None if they share too little to tell."""
-    one, other = (re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|[^\w\s]", x) for x in (base, tuned))
+    one, other = (
+        re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|[^\w\s]", x)
+        for x in (base, tuned)
+    )
     if max(len(base), len(tuned)) > _LONGEST:
         return None
     blocks = [
@@ -148,7 +151,9 @@ def _pieces(words: list[str], shared: list[tuple[int, int]]) -> Iterator[tuple[b
 def _rows(measures: Sequence[Measure]) -> Iterator[Row]:
     """Bars of shares have the whole for their length; others the greatest value of their group, or their own."""
     for m in measures:
-        alike = [each for each in measures if each.group == m.group and not each.share and m.group in ("sources", "general")]
+        alike = [
+            each for each in measures if each.group == m.group and not each.share and m.group in ("sources", "general")
+        ]
         most = 1.0 if m.share else max(max(each.base, each.tuned, each.base + each.high) for each in (alike or [m]))
         yield Row(m, charts.bars(m.base, m.tuned, m.low, m.high, most))
 

@@ -67,7 +67,10 @@ TEXTS: Mapping[str, Text] = {
         "nothing": ("(nothing)", "（空）"),
         "made_of": ("What it was made of", "数据与参数"),
         "lineage": ("Where it comes from", "来源"),
-        "footer": ("Written by RWKV-Flow. This page loads nothing from the network.", "由 RWKV-Flow 生成。本页面不访问网络。"),
+        "footer": (
+            "Written by RWKV-Flow. This page loads nothing from the network.",
+            "由 RWKV-Flow 生成。本页面不访问网络。",
+        ),
         # the headline
         "is_better": ("Better than its base", "优于基座模型"),
         "is_worse": ("Worse than its base", "劣于基座模型"),
@@ -78,8 +81,8 @@ TEXTS: Mapping[str, Text] = {
         "few": ("Too few documents for a verdict", "文档太少，无法下结论"),
         # sentences of the summary
         "held_out_is": (
-            "On {documents} held-out documents ({tokens} tokens) the tuned model is {word} its base: the loss goes from {base} to "
-            "{tuned} nats a token, a change of {change} ({confidence} interval {low} to {high}).",
+            "On {documents} held-out documents ({tokens} tokens) the tuned model is {word} its base: the loss goes from {base} "
+            "to {tuned} nats a token, a change of {change} ({confidence} interval {low} to {high}).",
             "在 {documents} 个留出文档（{tokens} 个词元）上，微调模型{word}基座模型：每词元损失从 {base} 变为 {tuned} 奈特，"
             "变化 {change}（{confidence} 区间 {low} 至 {high}）。",
         ),
@@ -102,12 +105,18 @@ TEXTS: Mapping[str, Text] = {
         "better_on": ("better on {names}", "{names}变好"),
         "worse_on": ("worse on {names}", "{names}变差"),
         "same_on": ("no difference shown on {names}", "{names}未显示差异"),
-        "few_on": ("too few items for a verdict on {names} (fewer than {fewest})", "{names}的条目太少（不足 {fewest} 个），不下结论"),
+        "few_on": (
+            "too few items for a verdict on {names} (fewer than {fewest})",
+            "{names}的条目太少（不足 {fewest} 个），不下结论",
+        ),
         "forgotten": (
             "It has forgotten some of what the base knew: {names}.",
             "它遗忘了基座模型原有的部分能力：{names}。",
         ),
-        "loss_rises": ("the loss on {name} rises by {change} ({low} to {high})", "{name}的损失上升 {change}（{low} 至 {high}）"),
+        "loss_rises": (
+            "the loss on {name} rises by {change} ({low} to {high})",
+            "{name}的损失上升 {change}（{low} 至 {high}）",
+        ),
         "not_forgotten": (
             "No forgetting was found on general text; the loss on {name} rises by {high} nats a token at most.",
             "在通用文本上没有发现遗忘；{name}的损失最多上升 {high} 奈特/词元。",
@@ -143,8 +152,8 @@ TEXTS: Mapping[str, Text] = {
             "先用自己的问题试一试，再由准入检查决定是否启用：`rwkvflow chat` 与 `rwkvflow promote`。",
         ),
         "do_weigh": (
-            "Weigh the gain against what was lost. To keep more: mix general rows into the data, or train with a lower learning rate "
-            "or for fewer steps.",
+            "Weigh the gain against what was lost. To keep more: mix general rows into the data, or train with a lower "
+            "learning rate or for fewer steps.",
             "请权衡所得与所失。若要少遗忘：在数据中混入通用文本，降低学习率，或减少训练步数。",
         ),
         "do_not_use": (
@@ -157,9 +166,9 @@ TEXTS: Mapping[str, Text] = {
             "留出更多文档（`data.holdout.fraction`）以看清更小的差异，或延长训练。",
         ),
         "do_stop": (
-            "Stop earlier: about step {step}. `train.early` can do so by itself; saves of that step are in `outputs/train/saves`, if "
-            "they were asked for.",
-            "更早停止训练：约在第 {step} 步。`train.early` 可自动停止；若要求了保存，该步的文件在 `outputs/train/saves`。",
+            "Stop earlier: about step {step}. `train.stop_early` can do so by itself; saves of about that step are in "
+            "`outputs/train/saves`, if they were asked for.",
+            "更早停止训练：约在第 {step} 步。`train.stop_early` 可自动停止；若要求了保存，附近的文件在 `outputs/train/saves`。",
         ),
         "do_recite": (
             "See whether the training text may be repeated in public; duplicates in the data make it worse.",
@@ -186,12 +195,12 @@ TEXTS: Mapping[str, Text] = {
         "lower": ("lower is better", "越低越好"),
         "higher": ("higher is better", "越高越好"),
         "interval_words": (
-            "The interval is that of the change, by drawing the items again and again (paired bootstrap). If it lies on one side of 0, "
-            "the change is more than chance. pp: percentage points.",
+            "The interval is that of the change, by drawing the items again and again (paired bootstrap). If it lies on one "
+            "side of 0, the change is more than chance. pp: percentage points.",
             "区间指变化量的区间，由对条目反复抽样得到（配对自助法）。若区间完全在 0 的一侧，则变化不能用偶然解释。pp：百分点。",
         ),
         "bars_words": (
-            "Bars: grey the base, blue the tuned model; the thin line is the interval of the change, drawn at the tuned model's end.",
+            "Bars: grey the base, blue the tuned model; the thin line is the interval of the change, at the tuned model's end.",
             "条形：灰色为基座，蓝色为微调模型；细线为变化量的区间，画在微调模型的末端。",
         ),
         # groups and measures

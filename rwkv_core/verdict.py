@@ -25,6 +25,8 @@ class Measure(NamedTuple):
     """One row of the report."""
 
     group: str
+    key: str
+    """Its name in metrics.json."""
     name: Text
     items: int
     base: float
@@ -82,7 +84,8 @@ def measures(comparison: Mapping[str, Any]) -> list[Measure]:
         better = 0 if few else int(change["high"] < 0) - int(change["low"] > 0)
         ends = (change["value"], change["low"], change["high"])
         both = (comparison["base"][raw], comparison["tuned"][raw])
-        found.append(Measure("held_out", name("held_out", raw), comparison["documents"], *both, *ends, better, False, few, False))
+        what = ("held_out", raw, name("held_out", raw), comparison["documents"])
+        found.append(Measure(*what, *both, *ends, better, higher_is_better=False, few=few, share=False))
     for group in GROUPS:
         for raw, entry in comparison.get("measures", {}).get(group, {}).items():
             change = entry["change"]
@@ -92,7 +95,7 @@ def measures(comparison: Mapping[str, Any]) -> list[Measure]:
             )
             found.append(
                 Measure(
-                    group, name(group, raw), entry["items"], *values, entry["better"], entry["higher_is_better"],
+                    group, raw, name(group, raw), entry["items"], *values, entry["better"], entry["higher_is_better"],
                     entry["items"] < FEWEST, share,
                 )
             )  # fmt: skip
@@ -117,7 +120,12 @@ def judge(
     overfitted = best is not None and best[0] < valid[-1][0] and valid[-1][1] - best[1] > 0.01 * abs(best[1])
     points = list(_points(comparison, rows, cost))
     if overfitted and best is not None:
-        words = {"step": f"{best[0]:g}", "last": f"{valid[-1][0]:g}", "lowest": f"{best[1]:.4f}", "end": f"{valid[-1][1]:.4f}"}
+        words = {
+            "step": f"{best[0]:g}",
+            "last": f"{valid[-1][0]:g}",
+            "lowest": f"{best[1]:.4f}",
+            "end": f"{valid[-1][1]:.4f}",
+        }
         points.append(("worse", T["overfitted"](**words)))
     unmeasured = [T[group] for group in GROUPS if not any(m.group == group for m in rows)]
     gains = any(m.better > 0 for m in rows if m.group != "held_out")
@@ -185,21 +193,33 @@ def _points(
     compared = [m for m in rows if m.group != "held_out" and not m.few]
     if len(compared) >= 5:
         expected = len(compared) * (1 - comparison["confidence"])
-        yield "plain", T["chance"](count=len(compared), expected=f"{expected:.1f}" if expected < 10 else f"{expected:.0f}")
+        yield (
+            "plain",
+            T["chance"](count=len(compared), expected=f"{expected:.1f}" if expected < 10 else f"{expected:.0f}"),
+        )
     if cost is not None:
-        yield "plain", T["cost"](
-            steps=f"{cost['steps']:,}", tokens=f"{cost['tokens']:,}", time=time(cost["seconds"]), size=size(cost["bytes"])
+        yield (
+            "plain",
+            T["cost"](
+                steps=f"{cost['steps']:,}",
+                tokens=f"{cost['tokens']:,}",
+                time=time(cost["seconds"]),
+                size=size(cost["bytes"]),
+            ),
         )
 
 
 def _forgetting(rows: list[Measure]) -> Iterator[tuple[str, Text]]:
     """General text: the one thing that training on other text is likely to cost."""
-    lost = [m for m in rows if m.better < 0]
+    lost, ends = [m for m in rows if m.better < 0], ("change", "low", "high")
     if lost:
         parts = [
-            T["loss_rises"](name=m.name, change=m.shown(m.value, change=True), low=m.shown(m.low, change=True), high=m.shown(m.high, change=True))
+            T["loss_rises"](
+                name=m.name,
+                **{end: m.shown(x, change=True) for end, x in zip(ends, (m.value, m.low, m.high), strict=True)},
+            )
             for m in lost
-        ]  # fmt: skip
+        ]
         yield "worse", T["forgotten"](names=joined(parts))
     for m in rows:
         if m.few:

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def evidence(root: Path, evaluated: Path) -> Evidence:
         evaluated: where `FILES` are; positions.csv may be missing.
     """
     train = root / stage.TRAIN
-    record, manifest = RunRecord.read(train), mirror.read_json(root / stage.MANIFEST)
+    record = RunRecord.read(train)
     measured, receipt = mirror.read_json(train / "metrics.json"), mirror.read_json(evaluated / "receipt.json")
     adapter = root / stage.ADAPTER
     cost = {
@@ -42,10 +42,12 @@ def evidence(root: Path, evaluated: Path) -> Evidence:
         comparison=mirror.read_json(evaluated / "metrics.json"),
         train=_curve(train / "history.csv"),
         valid=_curve(train / "valid.csv"),
-        positions=[{name: float(x) for name, x in row.items()} for row in _rows(positions)] if positions.exists() else [],
+        positions=[{name: float(x) for name, x in row.items()} for row in _rows(positions)]
+        if positions.exists()
+        else [],
         documents=_documents(evaluated / "documents.csv"),
         samples=_samples(evaluated / "samples.json"),
-        facts=_facts(record, manifest, measured),
+        facts=facts(root, record),
         lineage=lineage(root, record, receipt),
         cost=cost,
     )
@@ -79,16 +81,15 @@ def lineage(root: Path, record: RunRecord, receipt: Mapping[str, Any]) -> list[t
     return [(T[name], value) for name, value in found.items() if value]
 
 
-def _facts(record: RunRecord, manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> Facts:
-    return [
-        (T["data"], list(_data(manifest))),
-        (T["model"], list(_model(record))),
-        (T["settings"], list(_training(record, measured))),
-    ]
+def facts(root: Path, record: RunRecord) -> Facts:
+    """Tables of the data, the model and its training. A value that is a file's or folder's name is a path."""
+    manifest, measured = mirror.read_json(root / stage.MANIFEST), mirror.read_json(root / stage.TRAIN / "metrics.json")
+    tables = [(T["data"], list(_data(manifest)))] if manifest else []  # a version's rows may be gone
+    return [*tables, (T["model"], list(_model(record))), (T["settings"], list(_training(record, measured)))]
 
 
 def _data(manifest: Mapping[str, Any]) -> Iterator[tuple[Text, object]]:
-    yield T["source"], manifest["source"]["path"]
+    yield T["source"], PurePath(manifest["source"]["path"])
     yield T["rows"], f"{manifest['source']['rows']:,}"
     for name, side in (("trained_on", "train"), ("held_out_of", "valid")):
         count = {key: f"{manifest[side][key]:,}" for key in ("documents", "tokens")}
@@ -98,7 +99,7 @@ def _data(manifest: Mapping[str, Any]) -> Iterator[tuple[Text, object]]:
 
 def _model(record: RunRecord) -> Iterator[tuple[Text, object]]:
     base = record.base
-    yield T["base_file"], base["path"]
+    yield T["base_file"], PurePath(base["path"])
     if "n_layer" in base:
         yield T["shape"], T["shape_is"](version=base["version"], layers=base["n_layer"], width=base["n_embd"])
 
@@ -114,7 +115,7 @@ def _training(record: RunRecord, measured: Mapping[str, Any]) -> Iterator[tuple[
         parts.append(T["initial_state"](kind=adapter["state"]))
     yield T["trained"], T["trained_layers"](names=joined(parts), layers=adapter["layers"])
     yield T["frozen"], T["full"] if model["quantize"] == "none" else model["quantize"]
-    yield T["begun"], adapter["load"] or T["own_values"]
+    yield T["begun"], PurePath(adapter["load"]) if adapter["load"] else T["own_values"]
     for name, text in (("epochs", "epochs"), ("steps", "steps"), ("tokens", "count_tokens")):
         if train[name] is not None:
             yield T["length"], T[text](count=f"{train[name]:g}" if name == "epochs" else f"{train[name]:,}")

@@ -223,7 +223,7 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
         ),
         "merged": ("receipt.json",),
         "evaluate": ("receipt.json", "metrics.json", "report.html", "report*.md", "samples.json", "*.csv", "*.svg"),
-        "export": ("conformance.json",),
+        "export": ("conformance.json", "README.md"),
     }
     found = {f"pipeline/{file}": root / file for file in ("params.yaml", "dvc.yaml", "dvc.lock")}
     for part in parts:

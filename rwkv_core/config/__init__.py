@@ -19,6 +19,7 @@ from rwkv_core.config.model import (
 )
 from rwkv_core.config.result import (
     AnswersConfig,
+    CardConfig,
     EvaluateConfig,
     ExportConfig,
     PromoteConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "AnswersConfig",
     "BatConfig",
     "BoneConfig",
+    "CardConfig",
     "Column",
     "Config",
     "ContextConfig",
