@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows import data
+from flows import data, evaluate
 from rwkv_core.errors import InputError, Problem
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(data.app, name="data")
+app.command()(evaluate.evaluate)
 
 
 @app.callback()

@@ -80,11 +80,14 @@ def _values(subject: Subject, settings: CardConfig) -> dict[str, Any]:
         name: {"file": Markup(entry["file"]), "state": _state(entry)}
         for name, entry in subject.conformance.get("formats", {}).items()
     }
-    base, source = PurePath(subject.base["path"]).name, subject.source.name
+    base, source, kind, tokenizer = (
+        escape.name(PurePath(path).name)
+        for path in (subject.base["path"], subject.source, subject.kind, subject.tokenizer)
+    )
     comparison = subject.comparison
     measures = [m._replace(name=_last(m.name)) for m in verdict.measures(comparison)] if comparison else []
     found = verdict.judge(_named(comparison), []) if comparison else None
-    title = f"{PurePath(base).stem}, {subject.kind} on {source}"
+    title = f"{PurePath(base).stem}, {kind} on {source}"
     return {
         "front": Markup("\n".join(_yaml(_head(subject, settings, measures, title)))),
         "title": title,
@@ -94,8 +97,8 @@ def _values(subject: Subject, settings: CardConfig) -> dict[str, Any]:
         "files": Markup(escape.table(["file", "for", "size", "sha256"], _files(subject.conformance))),
         "formats": formats,
         "version": str(subject.base.get("version")),
-        "vocabulary": Markup("rwkv_vocab_v20230424") if subject.tokenizer == "world" else None,
-        "tokenizer": PurePath(subject.tokenizer).name,
+        "tokenizer": None if subject.tokenizer == "world" else tokenizer,
+        "vocabulary": Markup(_scalar("rwkv_vocab_v20230424" if subject.tokenizer == "world" else tokenizer)),
         "facts": [(title.en, Markup(_table(rows))) for title, rows in subject.facts],
         "measures": Markup(escape.table(_HEADER, [list(_row(m)) for m in measures])) if measures else "",
         "interval": T["interval_words"].en,
@@ -214,6 +217,10 @@ def _state(entry: Mapping[str, Any]) -> dict[str, Markup] | None:
     return {"file": Markup(entry["state"]["file"])} if entry.get("state") else None
 
 
+def _scalar(value: Any) -> str:
+    return json.dumps(escape.name(value) if isinstance(value, str) else value, ensure_ascii=False)
+
+
 def _yaml(value: Any, indent: str = "") -> Iterator[str]:
     """Mappings, lists and scalars as lines of YAML; a scalar as JSON has it, which is YAML too."""
     if isinstance(value, Mapping):
@@ -222,7 +229,7 @@ def _yaml(value: Any, indent: str = "") -> Iterator[str]:
                 yield f"{indent}{key}:"
                 yield from _yaml(inner, f"{indent}  ")
             else:
-                yield f"{indent}{key}: {json.dumps(inner, ensure_ascii=False)}"
+                yield f"{indent}{key}: {_scalar(inner)}"
     else:
         for inner in value:
             if isinstance(inner, Mapping):
@@ -230,4 +237,4 @@ def _yaml(value: Any, indent: str = "") -> Iterator[str]:
                 yield f"{indent}- {first.lstrip()}"
                 yield from rest
             else:
-                yield f"{indent}- {json.dumps(inner, ensure_ascii=False)}"
+                yield f"{indent}- {_scalar(inner)}"

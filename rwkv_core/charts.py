@@ -129,7 +129,7 @@ def by_position(rows: Sequence[Mapping[str, float]]) -> Markup:
     lows, highs = ([row["base_loss"] + row[end] for row in rows] for end in ("low", "high"))
     base, tuned = ([row[name] for row in rows] for name in ("base_loss", "tuned_loss"))
     every = -(-len(rows) // 7)  # words that there is room for
-    labels = [(i, f"{rows[i]['from']:g}–{rows[i]['to']:g}") for i in places if i % every == 0]
+    labels = [(i, f"≤{rows[i]['to']:g}") for i in places if i % every == 0]
     axes = _Axes(
         (-0.4, len(rows) - 0.6), _ends([*lows, *highs, *base, *tuned]), (TEXTS["position"], TEXTS["nats"]), labels
     )

@@ -10,7 +10,7 @@ from rwkv_core.config import EvaluateConfig
 from rwkv_core.errors import InputError
 from rwkv_core.evaluation.held_out import Scores, compare
 from rwkv_core.evaluation.measure import FEWEST
-from rwkv_core.generation.text import Continuation
+from rwkv_core.evaluation.subject import Said
 
 TURN = "\n\nUser:"
 """What ends an answer, beside token 0: the user's next turn begins."""
@@ -78,7 +78,7 @@ def finite(scores: Sequence[Scores]) -> Check:
     )
 
 
-def answers(given: Sequence[Continuation], ended: float) -> list[Check]:
+def answers(given: Sequence[Said], ended: float) -> list[Check]:
     """The answers end by themselves, and speak for nobody else.
 
     Args:

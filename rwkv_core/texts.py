@@ -118,12 +118,12 @@ TEXTS: Mapping[str, Text] = {
             "{name}的损失上升 {change}（{low} 至 {high}）",
         ),
         "not_forgotten": (
-            "No forgetting was found on general text; the loss on {name} rises by {high} nats a token at most.",
-            "在通用文本上没有发现遗忘；{name}的损失最多上升 {high} 奈特/词元。",
+            "No forgetting was found: the loss on {name} rises by {high} nats a token at most.",
+            "没有发现遗忘：{name}的损失最多上升 {high} 奈特/词元。",
         ),
         "not_forgotten_below": (
-            "No forgetting was found on general text; the loss on {name} falls.",
-            "在通用文本上没有发现遗忘；{name}的损失下降。",
+            "No forgetting was found: the loss on {name} falls.",
+            "没有发现遗忘：{name}的损失下降。",
         ),
         "forgetting_open": (
             "Whether it forgets is open: {name} has too few items for a verdict.",
@@ -222,6 +222,7 @@ TEXTS: Mapping[str, Text] = {
         "loss": ("loss, nats a token", "损失（奈特/词元）"),
         "perplexity": ("perplexity", "困惑度"),
         "bits_per_byte": ("bits a byte", "每字节比特数"),
+        "general.loss": ("general text", "通用文本"),
         "answers.exact_match": ("exactly right", "完全正确"),
         "answers.f1": ("words in common with the right answer (F1)", "与标准答案的词重合度（F1）"),
         "answers.choice_acc": ("right choice", "选择正确"),
@@ -238,8 +239,8 @@ TEXTS: Mapping[str, Text] = {
         ),
         "positions": ("Loss by position in the context", "按上下文位置的损失"),
         "positions_words": (
-            "How well a token is predicted, by how many tokens stand before it; shaded is the interval of the change.",
-            "按前文词元数统计的预测损失；阴影为变化量的区间。",
+            "How well a token is predicted, by its place in the document; shaded is the interval of the change.",
+            "按词元在文档中的位置统计的预测损失；阴影为变化量的区间。",
         ),
         "documents": ("Every held-out document", "每个留出文档"),
         "documents_words": (
@@ -249,7 +250,7 @@ TEXTS: Mapping[str, Text] = {
         "no_curve": ("There is nothing to draw.", "没有可画的内容。"),
         "step": ("optimizer step", "优化器步数"),
         "nats": ("nats a token", "奈特/词元"),
-        "position": ("tokens before", "前文词元数"),
+        "position": ("place of the token", "词元位置"),
         "with_base": ("base, nats a token", "基座，奈特/词元"),
         "with_tuned": ("tuned, nats a token", "微调，奈特/词元"),
         "training": ("training", "训练"),

@@ -87,7 +87,10 @@ def measures(comparison: Mapping[str, Any]) -> list[Measure]:
         what = ("held_out", raw, name("held_out", raw), comparison["documents"])
         found.append(Measure(*what, *both, *ends, better, higher_is_better=False, few=few, share=False))
     for group in GROUPS:
-        for raw, entry in comparison.get("measures", {}).get(group, {}).items():
+        entries = comparison.get("measures", {}).get(group, {})
+        for raw, entry in (
+            entries.items() if group != "sources" or len(entries) > 1 else ()
+        ):  # one source is all there is
             change = entry["change"]
             values = [entry["base"], entry["tuned"], change["value"], change["low"], change["high"]]
             share = group in _SHARES or (
@@ -127,7 +130,7 @@ def judge(
             "end": f"{valid[-1][1]:.4f}",
         }
         points.append(("worse", T["overfitted"](**words)))
-    unmeasured = [T[group] for group in GROUPS if not any(m.group == group for m in rows)]
+    unmeasured = [T[group] for group in GROUPS if not comparison.get("measures", {}).get(group)]
     gains = any(m.better > 0 for m in rows if m.group != "held_out")
     headline, tone = _headline(few, better, gains, bool(lost or worse))
     sentences = [T[{"better": "do_use", "worse": "do_not_use", "mixed": "do_weigh", "same": "do_more"}[tone]]]

@@ -1,45 +1,70 @@
 """evaluate: base and tuned model score the same held-out documents; a page says what came of it."""
 
-import csv
+import json
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from rwkv_core import checkpoint, models, report
+from rwkv_core import models, report
+from rwkv_core.checkpoint import Dtype
 from rwkv_core.data.binidx import Documents
-from rwkv_core.evaluation import held_out as evaluation
-from rwkv_core.evaluation.held_out import Scores
+from rwkv_core.data.whole import Source, whole
+from rwkv_core.errors import InputError
+from rwkv_core.evaluation import held_out
+from rwkv_core.evaluation.judge import Judged, Texts, compare, judge, write_documents, write_positions
+from rwkv_core.evaluation.store import Store
+from rwkv_core.evaluation.subject import Subject
 from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.generation.sampling import Sampling
-from rwkv_core.generation.text import generate
-from rwkv_core.models.state import mount
-from rwkv_core.tokenizer import Tokenizer, named
+from rwkv_core.tokenizer import named
 from tasks import stage, tracking
 from tasks.evidence import evidence
 from tasks.params import Params, load
+from tasks.record import main_root
+
+TEXTS = Path("evaluation")
+"""Where general text lies, and whatever else models are judged by. dvc.yaml can't name a file that may be none: the folder is
+the dependency."""
+
+STORE = Path(".rwkvflow/scores")
+"""What is known of models, in the main checkout: bases are the same in all experiments."""
 
 
 def evaluate() -> None:
     """Base, outputs/merged and outputs/data -> outputs/evaluate: report.html and all that is in it."""
     params = load()
     settings, documents = params.evaluate, Documents(stage.DATA / "valid")
+    _check_place("evaluate.general", settings.general)
     tokenizer = named(params.data.tokenizer, params.data.special_tokens)
+    manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     prompts = [
         *settings.samples.prompts,
-        *evaluation.held_out_prompts(documents, tokenizer, settings.samples.held_out),
+        *held_out.held_out_prompts(documents, tokenizer, settings.samples.held_out),
     ]
-    scores, texts = {}, {}
-    state = stage.mounted()
-    for name, path in (("base", params.model.base), ("tuned", stage.MODEL)):  # one in memory at a time
-        scores[name], texts[name] = _judge(name, path, state, documents, tokenizer, prompts, params)
-    comparison = evaluation.compare(
-        scores["base"],
-        scores["tuned"],
-        resamples=settings.resamples,
-        confidence=settings.confidence,
-        seed=params.seed,
-    )
+    state, known = stage.mounted(), store(Path.cwd())
+    # merged, the base's config.json is lost
+    divisor = models.divisor(params.model.base, params.model.head_size_divisor)
+    judged, texts = dict[str, Judged](), dict[str, list[str]]()
+    with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
+        general = None
+        if settings.general is not None:
+            general, _ = whole(settings.general, tokenizer, Path(folder) / "general")
+        on = Texts(documents, sources(manifest), general)
+        for name, path in (("base", params.model.base), ("tuned", stage.MODEL)):  # one in memory at a time
+            subject = Subject(
+                path, tokenizer, state=state if name == "tuned" else None, dtype=precision(params), op=params.model.op,
+                head_size_divisor=divisor, store=known,
+            )  # fmt: skip
+            judged[name] = judge(
+                subject, on, ctx_len=settings.ctx_len, batch=settings.batch, skip_first=state is not None,
+                progress=_Told(name),
+            )  # fmt: skip
+            texts[name] = _samples(subject, prompts, params)
+    draws = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": params.seed}
+    comparison = compare(judged["base"], judged["tuned"], on.sources, **draws)
+    base, tuned = judged["base"].held_out, judged["tuned"].held_out
     samples = [
         {"prompt": prompt, "base": base, "tuned": tuned}
         for prompt, base, tuned in zip(prompts, texts["base"], texts["tuned"], strict=True)
@@ -51,80 +76,59 @@ def evaluate() -> None:
         if state is not None:
             receipt["tuned"]["state_sha256"] = sha256(state)
         write_json(out / "receipt.json", receipt)
-        _write_documents(out / "documents.csv", scores["base"], scores["tuned"])
+        write_documents(out / "documents.csv", base, tuned, on.sources)
+        write_positions(out / "positions.csv", held_out.by_position(base, tuned, **draws))
         sentence = report.write(out, evidence(Path.cwd(), out))
     tracking.publish(Path.cwd(), params.tracking)
     print(f"{sentence.en} The report is {stage.EVALUATE / 'report.html'}")
 
 
-def _judge(
-    name: str,
-    path: Path,
-    state: Path | None,
-    documents: Documents,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    params: Params,
-) -> tuple[Scores, list[str]]:
-    """Scores and samples of the base or of the tuned model, on which the state is mounted, if there is one."""
-    import torch
+def store(root: Path) -> Store:
+    """What is known of models: in a checkout, the main one's; elsewhere, the user's."""
+    return Store(main_root(root) / STORE) if (root / "params.yaml").exists() else Store.of_user()
 
-    settings, device = params.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
-    divisor = models.divisor(
-        params.model.base, params.model.head_size_divisor
-    )  # merged, the base's config.json is lost
-    model = models.load(path, dtype=dtype, device=device, op=params.model.op, head_size_divisor=divisor).eval()
-    shown = time.monotonic()
 
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        if done == total or time.monotonic() - shown > 10:
-            print(f"scoring the {name}: {done} of {total} documents", flush=True)
-            shown = time.monotonic()
+def sources(manifest: Mapping[str, Any]) -> list[Source]:
+    """The parts of data.parts in the held-out documents, by a preparation's manifest."""
+    valid = manifest["valid"]
+    whole = [{"name": "all", "first": 0, "documents": valid["documents"]}]  # as early manifests say nothing of parts
+    return [Source(part["name"], part["first"], part["documents"]) for part in valid.get("parts", whole)]
 
-    tuned = checkpoint.read(state) if state is not None and name == "tuned" else None
-    scores = evaluation.score(
-        model,
-        documents,
-        tokenizer,
-        ctx_len=settings.ctx_len,
-        batch=settings.batch,
-        state=tuned,
-        skip_first=state is not None,
-        progress=progress,
-    )
-    begin = None if tuned is None else mount(model.initial_state(1), tuned)
+
+def precision(params: Params) -> Dtype:
+    """What models are judged in: as they were trained."""
+    return "bf16" if params.train.precision == "bf16" else "fp32"
+
+
+def _check_place(setting: str, path: Path | None) -> None:
+    """Raises InputError if DVC would not see that the file has changed."""
+    if path is not None and not path.resolve().is_relative_to(TEXTS.resolve()):
+        raise InputError(
+            f"{setting} = {path}",
+            f"must be in {TEXTS}/, which is what dvc.yaml has as the dependency",
+            f"copy it there: cp -r {path} {TEXTS}/",
+        )
+
+
+class _Told:
+    """A line now and then."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._shown = name, time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._shown > 10:
+            print(f"scoring the {self._name}: {done} of {total} {what}", flush=True)
+            self._shown = time.monotonic()
+
+
+def _samples(subject: Subject, prompts: list[str], params: Params) -> list[str]:
+    settings = params.evaluate
     wanted = settings.samples
     sampling = Sampling(
         max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=params.seed
     )
-    texts = [
-        continuation.text
-        for continuation in generate(
-            model,
-            tokenizer,
-            prompts,
-            sampling,
-            ctx_len=settings.ctx_len,
-            batch=settings.batch,
-            states=[begin] * len(prompts),
-        )
-    ]
-    return scores, texts
-
-
-def _write_documents(path: Path, base: Scores, tuned: Scores) -> None:
-    """One row for each document that is scored."""
-    scored = np.flatnonzero(base.tokens)
-    (nats, tokens, size), after = (Scores(*(column[scored] for column in one)) for one in (base, tuned))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["document", "tokens", "bytes", "base_loss", "tuned_loss"])
-        columns = np.stack([tokens, size, nats / tokens, after.nats / tokens], 1)
-        table.writerows(
-            [i, *(format(x, ".9g") for x in row)] for i, row in zip(scored.tolist(), columns.tolist(), strict=True)
-        )
+    return [text for text, _ in subject.texts(prompts, sampling, ctx_len=settings.ctx_len, batch=settings.batch)]
 
 
 if __name__ == "__main__":

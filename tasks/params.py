@@ -64,6 +64,12 @@ def check(text: str, name: str) -> Params:
     """
     params = _parsed(text, name, Params)
     params.train.check_rows(params.adapter.state != "none")
+    if params.promote.retention is not None and params.evaluate.general is None:
+        raise InputError(
+            f"{name}: promote.retention.margin = {params.promote.retention.margin:g}",
+            "is of the loss of evaluate.general, which is null",
+            "name a general text there, or set promote.retention to null",
+        )
     return params
 
 

@@ -10,22 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_core import checkpoint, gate, models
+from rwkv_core import gate, models
 from rwkv_core.adapters import file as adapter_file
 from rwkv_core.data import near
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.prepare import whole
+from rwkv_core.data.whole import whole
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.evaluation import held_out as evaluation
-from rwkv_core.evaluation.held_out import Scores
+from rwkv_core.evaluation.judge import Judged, Texts
+from rwkv_core.evaluation.judge import judge as judge_model
+from rwkv_core.evaluation.measure import changes
+from rwkv_core.evaluation.subject import Said, Subject
 from rwkv_core.export import export
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.gate import Check
 from rwkv_core.generation.sampling import Sampling
-from rwkv_core.generation.text import Continuation, generate
-from rwkv_core.models.state import mount
-from rwkv_core.tokenizer import Tokenizer, named
+from rwkv_core.tokenizer import named
 from tasks import mirror, registry, stage, tracking
+from tasks.evaluate import precision, sources, store
 from tasks.params import Params
 from tasks.record import main_root
 from tasks.registry import Registry, Version
@@ -40,14 +42,6 @@ class Outcome(NamedTuple):
     promoted: bool
     report: str
     """In markdown."""
-
-
-class _Judged(NamedTuple):
-    """What a model makes of the texts."""
-
-    held_out: Scores
-    general: Scores | None
-    answers: list[Continuation]
 
 
 def promote(root: Path, name: str, params: Params, say: Say, flow_run: str | None = None) -> Outcome:
@@ -67,7 +61,7 @@ def promote(root: Path, name: str, params: Params, say: Say, flow_run: str | Non
     known = Registry(main_root(root))
     with known.one_at_a_time(say):
         version, champion = known.find(name), known.champion()
-        checks, notes = judge(root, version, champion, known.versions(), params, say)
+        checks, notes, measures = judge(root, version, champion, known.versions(), params, say)
         passed = all(check.passed for check in checks)
         verdict = {
             "passed": passed,
@@ -78,6 +72,7 @@ def promote(root: Path, name: str, params: Params, say: Say, flow_run: str | Non
             "champion_number": champion.number if champion else None,
             "checks": [check._asdict() for check in checks],
             "notes": notes,
+            "measures": measures,
             "settings": params.promote.model_dump(mode="json"),
             "flow_run": flow_run,
         }
@@ -103,15 +98,15 @@ def rollback(root: Path, params: Params, say: Say) -> tuple[str, Version]:
 
 def judge(
     root: Path, version: Version, champion: Version | None, versions: Sequence[Version], params: Params, say: Say
-) -> tuple[list[Check], list[str]]:
-    """Every check of a version, and what else a person should know.
+) -> tuple[list[Check], list[str], dict[str, Any]]:
+    """Every check of a version, what else a person should know, and all that was measured against base and champion.
 
     The held-out rows are those of the version's own run. What either model was trained on is left out of them: rows that are
     equal to one of its training rows to the token, or as like it as the version's own preparation lets no training row be.
     """
     if champion is not None and champion.key == version.key:
         same = Check("another model than the champion", "it is the champion", "another file", False)
-        return [same], []
+        return [same], [], {}
     for one in (version, champion) if champion else (version,):
         if not one.has_rows:
             raise InputError(
@@ -130,7 +125,7 @@ def judge(
         "files are those registered", damaged or f"sha256 {version.merged[:16]}", "the same bytes", not damaged
     )
     if damaged:
-        return [files], []
+        return [files], [], {}
     manifest = mirror.read_json(version.folder / stage.MANIFEST)
     if champion is not None:
         theirs = mirror.read_json(champion.folder / stage.MANIFEST)
@@ -151,51 +146,68 @@ def _judge(
     params: Params,
     files: Check,
     say: Say,
-) -> tuple[list[Check], list[str]]:
+) -> tuple[list[Check], list[str], dict[str, Any]]:
     settings, rules = params.evaluate, params.promote
     data = version.record.params["data"]
     tokenizer = named(data["tokenizer"], data["special_tokens"])
     held_out = Documents(version.folder / stage.DATA / "valid")
+    parts = sources(mirror.read_json(version.folder / stage.MANIFEST))
     seen, notes = _seen(held_out, version, champion, versions, data["holdout"]["near_duplicates"])
     prompts: Sequence[str] = ()
     if rules.answers is not None:
         prompts = evaluation.held_out_prompts(held_out, tokenizer, rules.answers.count)
     skip_first = any(one is not None and one.state for one in (version, champion))
-    base = _base(root, version)
-    judged: dict[str, _Judged] = {}
+    base, known_scores = _base(root, version), store(root)
+    judged: dict[str, Judged] = {}
+    given: list[Said] = []
     with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
-        general = whole(rules.retention.text, tokenizer, Path(folder) / "general") if rules.retention else None
+        general = None
+        if settings.general is not None:
+            general, _ = whole(root / settings.general, tokenizer, Path(folder) / "general")
         of = {"base": (base, version, None), "candidate": (version.model, version, stage.mounted(version.folder))}
         if champion is not None:
             of["champion"] = (champion.model, champion, stage.mounted(champion.folder))
         for name, (path, made, state) in of.items():  # one in memory at a time
             also = f", {len(general)} of general text" if general is not None else ""
             say(f"scoring the {name}: {len(held_out)} held-out documents{also}")
-            asked = prompts if name == "candidate" else ()
-            divisor = made.record.base["head_size_divisor"]
-            judged[name] = _scored(path, state, divisor, held_out, general, tokenizer, skip_first, asked, params)
-    others = {name: one for name, one in judged.items() if name != "candidate"}
-    mine = judged["candidate"]
+            subject = Subject(
+                path, tokenizer, state=state, dtype=precision(params), op=params.model.op,
+                head_size_divisor=made.record.base["head_size_divisor"], store=known_scores,
+            )  # fmt: skip
+            one = judge_model(
+                subject, Texts(held_out, parts, general), ctx_len=settings.ctx_len, batch=settings.batch,
+                skip_first=skip_first,
+            )  # fmt: skip
+            if name == "candidate" and prompts and np.isfinite(one.held_out.nats).all():
+                given = _answers(subject, prompts, params)
+            judged[name] = one._replace(held_out=one.held_out.without(seen))
+    mine = judged.pop("candidate")
     checks = [
-        gate.lower(
-            name, _without(one.held_out, seen), _without(mine.held_out, seen), rules.held_out, settings, params.seed
-        )
-        for name, one in others.items()
+        gate.lower(name, one.held_out, mine.held_out, rules.held_out, settings, params.seed)
+        for name, one in judged.items()
     ]
-    if rules.retention is not None:
-        for name, one in others.items():
+    if rules.retention is None:
+        measured = "is measured, and nothing is asked of it" if settings.general else "was not measured"
+        notes.append(f"Forgetting {measured}: promote.retention is null.")
+    else:
+        for name, one in judged.items():
             if one.general is not None and mine.general is not None:
                 margin = rules.retention.margin
                 checks.append(gate.kept(name, one.general, mine.general, margin, settings, params.seed))
-    else:
-        notes.append("Forgetting was not measured: promote.retention is null.")
     checks.append(gate.finite([mine.held_out, *([mine.general] if mine.general is not None else [])]))
-    if mine.answers and rules.answers is not None:
-        checks += gate.answers(mine.answers, rules.answers.ended)
+    if given and rules.answers is not None:
+        checks += gate.answers(given, rules.answers.ended)
     elif rules.answers is not None:
         notes.append("Answers were not looked at: no held-out row has a dialogue.")
+    measures = {
+        name: changes(
+            one.measures(parts), mine.measures(parts), resamples=settings.resamples, confidence=settings.confidence,
+            seed=params.seed,
+        )
+        for name, one in judged.items()
+    }  # fmt: skip
     say("exporting it, and reading the files back")
-    return [*checks, files, _exports(version, params)], notes
+    return [*checks, files, _exports(version, params)], notes, measures
 
 
 def _seen(
@@ -257,59 +269,19 @@ def _base(root: Path, version: Version) -> Path:
     return path
 
 
-def _scored(
-    path: Path,
-    state: Path | None,
-    divisor: float,
-    held_out: Documents,
-    general: Documents | None,
-    tokenizer: Tokenizer,
-    skip_first: bool,
-    prompts: Sequence[str],
-    params: Params,
-) -> _Judged:
-    import torch
-
-    settings, device = params.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32
-    model = models.load(path, dtype=dtype, device=device, op=params.model.op, head_size_divisor=divisor).eval()
-    tuned = checkpoint.read(state) if state is not None else None
-    held, text = (
-        None
-        if documents is None
-        else evaluation.score(
-            model,
-            documents,
-            tokenizer,
-            ctx_len=settings.ctx_len,
-            batch=settings.batch,
-            state=tuned,
-            skip_first=skip_first,
-        )
-        for documents in (held_out, general)
+def _answers(subject: Subject, prompts: Sequence[str], params: Params) -> list[Said]:
+    """What it says to the prompts, and why each answer ended."""
+    settings, rules = params.evaluate, params.promote.answers
+    if rules is None:
+        return []
+    drawn = Sampling(
+        max_tokens=rules.max_tokens,
+        temperature=settings.samples.temperature,
+        top_p=settings.samples.top_p,
+        seed=params.seed,
+        stop=(gate.TURN,),
     )
-    if held is None:
-        raise ValueError("there are held-out documents")
-    answers: list[Continuation] = []
-    if prompts and params.promote.answers is not None and np.isfinite(held.nats).all():
-        drawn = Sampling(
-            max_tokens=params.promote.answers.max_tokens,
-            temperature=settings.samples.temperature,
-            top_p=settings.samples.top_p,
-            seed=params.seed,
-            stop=(gate.TURN,),
-        )
-        begin = None if tuned is None else mount(model.initial_state(1), tuned)
-        states = [begin] * len(prompts)
-        answers = generate(
-            model, tokenizer, prompts, drawn, ctx_len=settings.ctx_len, batch=settings.batch, states=states
-        )
-    return _Judged(held, text, answers)
-
-
-def _without(scores: Scores, seen: npt.NDArray[np.bool_]) -> Scores:
-    """The scores, of which those documents count for nothing."""
-    return Scores(*(np.where(seen, 0.0, column) for column in scores))
+    return subject.texts(prompts, drawn, ctx_len=settings.ctx_len, batch=settings.batch)
 
 
 def _exports(version: Version, params: Params) -> Check:

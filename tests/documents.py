@@ -7,6 +7,7 @@ import numpy as np
 from train_settings import train_config
 
 from rwkv_core.data.binidx import Documents, Writer
+from rwkv_core.evaluation.held_out import Scores
 
 
 class Weighed(Documents):
@@ -41,3 +42,9 @@ def config(rows, ctx_len, **changes):
     """Settings of train that rows are made by."""
     order = "as_given" if rows == "magic_prime" else "shuffled"
     return train_config(**{"ctx_len": ctx_len, "rows": rows, "order": order} | changes)
+
+
+def scores_of(nats, tokens, size):
+    """What a model makes of documents of one range of positions: for each its nats, tokens and bytes."""
+    nats, tokens, size = (np.array(column, float) for column in (nats, tokens, size))
+    return Scores(nats, tokens, size, nats[:, None], tokens[:, None])

@@ -60,12 +60,12 @@ def dialogues(count: int, seed: int, *, shuffled: float) -> list[dict]:
 class Checkout:
     """A folder with the settings of params.yaml, made small, and outputs that are made here."""
 
-    def __init__(self, root: Path, base: Path | None = None, **promote) -> None:
+    def __init__(self, root: Path, base: Path | None = None, general: Path | None = None, **promote) -> None:
         self.root = root
         values = load(ROOT / "params.yaml").model_dump()
         values["data"] |= {"source": root / "corpus.jsonl", "tokenizer": "bytes"}
         values["promote"] = {"held_out": 0.02, "retention": None, "answers": None} | promote
-        values["evaluate"] |= {"ctx_len": 64, "batch": 64, "resamples": 500}
+        values["evaluate"] |= {"ctx_len": 64, "batch": 64, "resamples": 500, "general": general}
         values["evaluate"]["samples"] |= {"temperature": 0}
         self.params = type(load(ROOT / "params.yaml")).model_validate(values)
         self.base = base or root / "base.pth"

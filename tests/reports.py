@@ -70,7 +70,8 @@ FULL = COMPARISON | {"measures": MEASURES}
 def positions(count: int = 9) -> list[dict[str, float]]:
     return [
         {
-            "from": 2**i, "to": 2 ** (i + 1), "tokens": 9000 >> i, "base_loss": 6 - i / 3, "tuned_loss": 5.5 - i / 3,
+            "from": 1 + (16 << i >> 1 if i else 0), "to": 16 << i,
+            "tokens": 9000 >> i, "base_loss": 6 - i / 3, "tuned_loss": 5.5 - i / 3,
             "change": -0.5, "low": -0.6 - i / 30, "high": -0.4 + i / 30,
         }
         for i in range(count)

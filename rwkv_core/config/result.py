@@ -42,6 +42,9 @@ class EvaluateConfig(Config):
     confidence: float = Field(gt=0.5, lt=1)
     """Coverage of the interval, e.g. 0.95."""
 
+    general: Path | None
+    """A file or folder in evaluation/ of text like what must not be forgotten: jsonl, csv, parquet, .txt, ... null: none."""
+
     samples: SampleConfig
 
 
@@ -82,11 +85,8 @@ class ExportConfig(Config):
 class RetentionConfig(Config):
     """What a model must not forget."""
 
-    text: Path
-    """A file or folder of general text, 10 documents or more: jsonl, csv, parquet, .txt, ... Nothing of it is masked."""
-
     margin: float = Field(ge=0)
-    """Most that its loss may rise, in nats a token: the interval's upper end, above the base and above the champion."""
+    """Most that the loss of evaluate.general may rise, in nats a token: the interval's upper end, above base and champion."""
 
 
 class AnswersConfig(Config):

@@ -15,6 +15,7 @@ Two files of ours may stand beside; other programs pass them over:
 
 import array
 import contextlib
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_core.errors import InputError
+from rwkv_core.files import sha256
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -324,6 +326,12 @@ class Documents:
     def __getitem__(self, i: int) -> Tokens:
         begin = self.begin(i)
         return self._tokens[begin : begin + int(self.sizes[i])]
+
+    def digest(self) -> str:
+        """SHA-256 of the documents and their masks, in hexadecimal; what they count in a loss is not part of it."""
+        files = [_path(self.prefix, ending) for ending in (".idx", ".bin", ".mask")]
+        found = "".join(f"{file.suffix} {sha256(file)}\n" for file in files if file.exists())
+        return hashlib.sha256(found.encode()).hexdigest()
 
     def learned(self, i: int) -> Learned:
         """Which tokens of document i are learned, (T,); all, where there is no mask."""

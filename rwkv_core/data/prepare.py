@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from rwkv_core.config import DataConfig, PartConfig
 from rwkv_core.data import near, source
-from rwkv_core.data.binidx import SIDES, Documents, Tokens, Writer
+from rwkv_core.data.binidx import SIDES, Tokens, Writer
 from rwkv_core.data.dialogue import Text, read, spans
 from rwkv_core.data.join import beside, join
 from rwkv_core.data.lint import Finding, lint
@@ -93,32 +93,6 @@ def prepare(
             shutil.rmtree(work / digest)
     _sweep(work)
     return manifest
-
-
-def whole(path: Path, tokenizer: Tokenizer, out: Path) -> Documents:
-    """Every row of a file or folder as a document, all of it learned, as the binidx `out`: text to score, not to train on.
-
-    Raises:
-        InputError: it can't be read, or a row can't.
-    """
-    part = PartConfig(
-        name="all", files="**/*", kind="auto", columns={}, blank_lines="keep", think="as_given", mask="none", marks=None,
-        weight=1,
-    )  # fmt: skip
-    writer = Writer(out, beside=False)
-    for shard in source.plan(path, [part]).shards:
-        for row in source.rows(shard, path):
-            try:
-                if isinstance(row, Refused):
-                    raise Unusable(row.reason)
-                writer.add(_document(row, part, tokenizer).tokens)
-            except Empty:
-                continue
-            except Unusable as reason:
-                where = f"{path}: {row.where}: {reason}"
-                raise InputError(where, "every row is scored", "correct it, or leave it out") from None
-    writer.close()
-    return Documents(out)
 
 
 def _settings_digest(data: DataConfig, tokenizer: Tokenizer) -> str:

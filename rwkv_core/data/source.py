@@ -95,7 +95,7 @@ _PAIRS = {".idx": ".bin", ".bin": ".idx"}
 _TOKEN_PAIRS = ("auto", "binidx")  # kinds that read them
 _PACKABLE = ("jsonl", "json", "csv", "utf-8", "utf-16le")
 
-_WHOLE = {"utf-8", "utf-16le", "numpy", "uint16"}
+WHOLE = {"utf-8", "utf-16le", "numpy", "uint16"}
 """Kinds of which a file is a row."""
 
 _HEAD = 1 << 16  # bytes that say what a file is
@@ -407,7 +407,7 @@ def _shards(found: list[tuple[File, list[tuple[int, int, int]]]], shard_bytes: i
         )
 
     for (file, ranges), after in itertools.zip_longest(found, [file for file, _ in found[1:]]):
-        if file.kind.partition(".")[0] not in _WHOLE:
+        if file.kind.partition(".")[0] not in WHOLE:
             for each in ranges:
                 add([file], *each)
             continue

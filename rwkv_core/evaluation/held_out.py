@@ -1,25 +1,31 @@
-"""Is the tuned model better than its base? Both score the same held-out documents, and the difference gets an interval."""
+"""What a model makes of documents: the loss of each, whole and by the position in it; and what another model changes of it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernels.head_loss import IGNORE, token_nll
 from rwkv_core import memory
 from rwkv_core.data.binidx import Documents
+from rwkv_core.data.whole import Source
 from rwkv_core.errors import InputError
-from rwkv_core.evaluation.measure import FEWEST, Array
+from rwkv_core.evaluation.measure import Array, Items, change
+from rwkv_core.evaluation.store import Journal
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import END, Tokenizer
 
+BEGINNING = 16
+"""Tokens of a document that are its first range of positions; each further range ends at twice the one before."""
+
 
 class Scores(NamedTuple):
-    """What a model makes of each document, in the documents' order. (D,) each.
+    """What a model makes of each document, in the documents' order. (D,) each, or (D, P) over ranges of positions.
 
     Of a document with a mask these are its learned tokens: what a question or a prompt is made of is not the model's to say.
     """
@@ -30,6 +36,18 @@ class Scores(NamedTuple):
     """How many these are; 0 where none is learned."""
     bytes: Array
     """Of their text."""
+    nats_by_position: Array
+    """(D, P): the nats of its tokens up to BEGINNING, of those from there to twice that, and so on; see `ends`."""
+    tokens_by_position: Array
+    """(D, P)."""
+
+    def of(self, chosen: npt.NDArray[np.bool_]) -> Self:
+        """Those of some documents, (D,)."""
+        return self._make(column[chosen] for column in self)
+
+    def without(self, left_out: npt.NDArray[np.bool_]) -> Self:
+        """As many documents, of which those (D,) count for nothing."""
+        return self._make(np.where(left_out.reshape(-1, *[1] * (c.ndim - 1)), 0.0, c) for c in self)
 
     def loss(self) -> float:
         """Mean cross-entropy in nats a token."""
@@ -37,18 +55,39 @@ class Scores(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """Loss, perplexity, and bits per byte (Gao et al. 2020, "The Pile", section 3.1, arXiv:2101.00027)."""
-        loss = self.loss()
+        return {name: float(form(items.mean())) for name, (items, form) in self._metrics().items()}
+
+    def items(self) -> Items:
+        """The loss as a measure."""
+        return Items(self.nats, self.tokens, higher_is_better=False)
+
+    def _metrics(self) -> dict[str, tuple[Items, Callable[[Any], Any]]]:
+        """What a summary has: the mean of which items, and what is made of it."""
+        bits = Items(self.nats / math.log(2), self.bytes, higher_is_better=False)
         return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # beyond it a float has no exponential
-            "bits_per_byte": float(self.nats.sum() / (math.log(2) * self.bytes.sum())),
+            "loss": (self.items(), _as_it_is),
+            "perplexity": (self.items(), _perplexity),
+            "bits_per_byte": (bits, _as_it_is),
         }
+
+
+def _as_it_is(mean: Any) -> Any:
+    return mean
+
+
+def _perplexity(loss: Any) -> Any:
+    return np.exp(np.minimum(loss, 700.0))  # beyond it a float has no exponential
+
+
+def ends(longest: int) -> list[int]:
+    """Where the ranges of positions in a document of so many tokens end: 16, 32, 64, ..., the last at `longest` or beyond."""
+    return [BEGINNING << i for i in range(max(math.ceil(math.log2(max(longest, 1) / BEGINNING)), 0) + 1)]
 
 
 @memory.reused()
 @torch.no_grad()
 def score(
-    model: RWKV,
+    model: RWKV | Callable[[], RWKV],
     documents: Documents,
     tokenizer: Tokenizer,
     *,
@@ -57,6 +96,7 @@ def score(
     state: Mapping[str, Tensor] | None = None,
     skip_first: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> Scores:
     """Score every document whole, whatever its length: the state goes from slice to slice of `ctx_len` tokens.
 
@@ -65,7 +105,7 @@ def score(
     All tokens are read, and those that the documents' mask has are scored.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; or what gives it, which is asked only if there is something left to score.
         documents: what to score.
         tokenizer: to count the bytes by.
         ctx_len: tokens of each document that go through the model at once. It bounds the memory.
@@ -73,42 +113,66 @@ def score(
         state: tuned, see `mount`; each document begins from it, without a token 0.
         skip_first: leave the first token of each document out of the score; after a state it always is.
         progress: is told how many documents are done, and how many there are.
+        journal: has the batches that were scored before, and gets the others.
     """
-    device, skipped = model.emb.weight.device, int(skip_first or state is not None)
+    journal, loaded = journal or Journal(), model if isinstance(model, RWKV) else None
     order = np.argsort(documents.sizes, kind="stable")[::-1]  # the largest first: too little memory shows at once
-    nats, count, size = (np.zeros(len(documents)) for _ in range(3))
-    lengths = np.array([len(entry) for entry in tokenizer.table])
-    for start in range(0, len(order), batch):
+    ranges = len(ends(int(documents.sizes.max(initial=0))))
+    nats, tokens, size = np.zeros((len(order), ranges)), np.zeros((len(order), ranges)), np.zeros(len(order))
+    widths = np.array([len(entry) for entry in tokenizer.table])
+    for number, start in enumerate(range(0, len(order), batch)):
         chosen = order[start : start + batch]
-        longest = int(documents.sizes[chosen[0]])
-        tokens = torch.full((len(chosen), longest + 1), IGNORE, dtype=torch.int64)
-        tokens[:, 0] = END
-        goals = tokens.clone()
-        for row, i in enumerate(chosen.tolist()):
-            document, scored = documents[i].astype(np.int64), documents.learned(i).copy()
-            scored[:skipped] = False
-            here = slice(1, 1 + len(document))
-            tokens[row, here] = torch.from_numpy(document)
-            goals[row, here] = torch.from_numpy(np.where(scored, document, IGNORE))
-            count[i], size[i] = np.count_nonzero(scored), lengths[document[scored]].sum()
-        tokens, goals = tokens.to(device), goals.to(device)
-        carried = None if state is None else mount(model.initial_state(len(chosen)), state)
-        for at in range(0 if state is None else 1, longest, ctx_len):
-            targets = goals[:, at + 1 : at + 1 + ctx_len]
-            inputs = tokens[:, at : at + targets.shape[1]].clamp(min=END)
-            features, carried = model.features(inputs, carried)
-            nll = token_nll(features.flatten(0, 1), model.head.weight, targets.flatten())
-            nats[chosen] += nll.view(targets.shape).double().sum(1).cpu().numpy()
-        if progress is not None:
-            progress(start + len(chosen), len(order))
-    return Scores(nats, count, size)
+        if number == len(journal.pieces):
+            loaded = loaded or model()
+            found = _batch(loaded, documents, chosen, widths, ctx_len, state, int(skip_first or state is not None))
+            journal.add([column.tolist() for column in found])
+            if progress is not None:
+                progress(start + len(chosen), len(order))
+        some_nats, some_tokens, size[chosen] = journal.pieces[number]
+        here = len(some_nats[0])
+        nats[chosen, :here], tokens[chosen, :here] = some_nats, some_tokens
+    return Scores(nats.sum(1), tokens.sum(1), size, nats, tokens)
+
+
+def _batch(
+    model: RWKV,
+    documents: Documents,
+    chosen: npt.NDArray[np.integer[Any]],
+    widths: npt.NDArray[np.integer[Any]],
+    ctx_len: int,
+    state: Mapping[str, Tensor] | None,
+    skipped: int,
+) -> tuple[Array, npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
+    """Score the documents `chosen`, (R,), the longest first: nats and tokens by position, (R, P), and bytes, (R,)."""
+    device, longest = model.emb.weight.device, int(documents.sizes[chosen[0]])
+    tokens = torch.full((len(chosen), longest + 1), IGNORE, dtype=torch.int64)
+    tokens[:, 0] = END
+    goals, size = tokens.clone(), np.zeros(len(chosen), np.int64)
+    for row, i in enumerate(chosen.tolist()):
+        document, scored = documents[i].astype(np.int64), documents.learned(i).copy()
+        scored[:skipped] = False
+        here = slice(1, 1 + len(document))
+        tokens[row, here] = torch.from_numpy(document)
+        goals[row, here] = torch.from_numpy(np.where(scored, document, IGNORE))
+        size[row] = widths[document[scored]].sum()
+    begins = np.array([0, *ends(longest)[:-1]])
+    count = np.add.reduceat((goals[:, 1:] != IGNORE).numpy(), begins, 1, np.int64)
+    nats = np.zeros(count.shape)
+    tokens, goals = tokens.to(device), goals.to(device)
+    carried = None if state is None else mount(model.initial_state(len(chosen)), state)
+    for at in range(0 if state is None else 1, longest, ctx_len):
+        targets = goals[:, at + 1 : at + 1 + ctx_len]
+        inputs = tokens[:, at : at + targets.shape[1]].clamp(min=END)
+        features, carried = model.features(inputs, carried)
+        nll = token_nll(features.flatten(0, 1), model.head.weight, targets.flatten())
+        first, last = np.searchsorted(begins, [at, at + targets.shape[1] - 1], "right") - 1
+        cuts = np.maximum(begins[first : last + 1] - at, 0)
+        nats[:, first : last + 1] += np.add.reduceat(nll.view(targets.shape).double().cpu().numpy(), cuts, 1)
+    return nats, count, size
 
 
 def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
-    """Both summaries, and what tuning changed with a paired bootstrap interval over documents.
-
-    Documents, not tokens, are drawn, with replacement: tokens of one document are not independent. Each draw scores both
-    models on the same documents, so the documents' own difficulty cancels.
+    """Both summaries, and what tuning changed, see `measure.change`.
 
     Args:
         base: scores of the base.
@@ -120,15 +184,10 @@ def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, s
     Returns:
         {"base": summary, "tuned": summary, "change": {metric: {"value", "low", "high"}}, "better", "documents", "tokens",
         "documents_not_scored"}. The last have no token that is learned, and are left out of everything else. A change is tuned
-        minus base: below 0 is better. "better" is 1 if the loss's interval lies below 0, -1 if above, else 0; and 0 where there
-        are fewer than FEWEST documents, whose draws tell little of what others would give.
+        minus base: below 0 is better. "better" is that of the loss.
 
     Raises:
         InputError: no document has a token that is learned.
-
-    Source:
-        Percentile intervals: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; paired over test items,
-        as in Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation".
     """
     scored = base.tokens > 0
     if not scored.any():
@@ -137,32 +196,53 @@ def compare(base: Scores, tuned: Scores, *, resamples: int, confidence: float, s
             "none has a token that is learned, so there is nothing to score",
             "look at the mask of data.parts, or hold out more: data.holdout.fraction",
         )
-    base, tuned = (Scores(*(column[scored] for column in scores)) for scores in (base, tuned))
-    before, after = base.summary(), tuned.summary()
-    count = len(base.nats)
-    rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in before}
-    for _ in range(resamples):
-        chosen = rng.integers(0, count, count)
-        one, other = (Scores(*(column[chosen] for column in scores)).summary() for scores in (base, tuned))
-        for name, values in draws.items():
-            values.append(other[name] - one[name])
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    change = {}
-    for name, values in draws.items():
-        low, high = np.quantile(values, tails)
-        change[name] = {"value": after[name] - before[name], "low": float(low), "high": float(high)}
-    loss = change["loss"]
+    base, tuned = base.of(scored), tuned.of(scored)
+    after = tuned._metrics()
+    found = {
+        name: change(items, after[name][0], resamples=resamples, confidence=confidence, seed=seed, form=form)
+        for name, (items, form) in base._metrics().items()
+    }
     return {
-        "base": before,
-        "tuned": after,
-        "change": change,
-        "better": (loss["high"] < 0) - (loss["low"] > 0) if count >= FEWEST else 0,
-        "documents": count,
+        "base": base.summary(),
+        "tuned": tuned.summary(),
+        "change": {name: one["change"] for name, one in found.items()},
+        "better": found["loss"]["better"],
+        "documents": len(base.nats),
         "documents_not_scored": int((~scored).sum()),
         "tokens": int(base.tokens.sum()),
         "confidence": confidence,
     }
+
+
+def by_source(scores: Scores, sources: Sequence[Source]) -> dict[str, Items]:
+    """The loss of each source's documents."""
+    numbers = np.arange(len(scores.nats))
+    return {
+        name: scores.of((numbers >= first) & (numbers < first + documents)).items()
+        for name, first, documents in sources
+        if documents
+    }
+
+
+def by_position(base: Scores, tuned: Scores, *, resamples: int, confidence: float, seed: int) -> list[dict[str, float]]:
+    """How the loss changes with what stands before a token: a row for each range of positions that has scored tokens.
+
+    Returns:
+        {"from", "to", "tokens", "base_loss", "tuned_loss", "change", "low", "high"} each; positions count from 1, both ends
+        among them. The interval is that of `measure.change`.
+    """
+    rows, begin = [], 1
+    for i in range(base.nats_by_position.shape[1]):
+        end = BEGINNING << i
+        one, other = (Items(s.nats_by_position[:, i], s.tokens_by_position[:, i], False) for s in (base, tuned))
+        tokens = int(one.weight.sum())
+        if tokens:
+            found = change(one, other, resamples=resamples, confidence=confidence, seed=seed)
+            value, low, high = found["change"].values()
+            row = {"from": begin, "to": end, "tokens": tokens, "base_loss": found["base"], "tuned_loss": found["tuned"]}
+            rows.append({**row, "change": value, "low": low, "high": high})
+        begin = end + 1
+    return rows
 
 
 def held_out_prompts(

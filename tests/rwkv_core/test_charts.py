@@ -70,7 +70,7 @@ def test_the_interval_lies_around_the_tuned_model():
 def test_positions_have_words_that_there_is_room_for(count):
     chart = charts.by_position(positions(count) if count < 10 else [positions(1)[0] for _ in range(count)])
     assert inside(chart)
-    assert str(chart).count("–") <= 7
+    assert str(chart).count("≤") <= 7
 
 
 def test_many_documents_are_as_few_points_as_can_be_seen():

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from data_settings import ROOT
+from documents import scores_of
 
-from rwkv_core.evaluation.held_out import Scores
+from rwkv_core.evaluation.subject import Said
 from rwkv_core.gate import TURN, answers, finite, kept, lower
-from rwkv_core.generation.text import Continuation, Output
-from rwkv_core.models.state import State
+from rwkv_core.generation.text import Output
 from tasks.params import load
 
 SETTINGS = load(ROOT / "params.yaml").evaluate
@@ -17,7 +17,7 @@ def scores(change=0.0, documents=60, noise=0.0):
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 200, documents).astype(float)
     losses = rng.normal(3, 1, documents).clip(0.5) + change + noise * rng.normal(size=documents)
-    return Scores(losses * tokens, tokens, 4 * tokens)
+    return scores_of(losses * tokens, tokens, 4 * tokens)
 
 
 def is_lower(after, margin=0.0):
@@ -47,7 +47,7 @@ def test_few_documents_tell_nothing():
     assert is_lower(scores(-1.0, documents=10)).passed
     assert not is_lower(scores(-1.0, documents=9)).passed
     none = scores(-1.0)
-    check = lower("base", Scores(*(x * 0 for x in none)), none, 0.0, SETTINGS, 0)
+    check = lower("base", none.without(np.ones(60, bool)), none, 0.0, SETTINGS, 0)
     assert not check.passed
     assert "none has a token" in check.found
 
@@ -70,19 +70,15 @@ def test_general_text_may_lose_as_much_as_the_margin(change, margin, passed):
     assert kept("champion", scores(), scores(change), margin, SETTINGS, 0).passed == passed
 
 
-def answer(text, ending):
-    return Continuation(text, ending, State(), text)
-
-
 def test_answers_end_by_themselves():
-    given = [answer(" It is 3.", "end"), answer(" Four", "stop"), answer(" and and and", "length"), answer("", "end")]
+    given = [Said(" It is 3.", "end"), Said(" Four", "stop"), Said(" and and and", "length"), Said("", "end")]
     assert [check.passed for check in answers(given, 0.75)] == [True, True]
     assert [check.passed for check in answers(given, 0.76)] == [False, True]
 
 
 @pytest.mark.parametrize("text", [" Three.\nUser: and", " 3\n\nAssistant: 4", " x\nSystem：y", "User: what?"])
 def test_an_answer_that_begins_another_turn_is_found(text):
-    ended, alone = answers([answer(text, "end"), answer(" fine; the User: field is his", "end")], 1.0)
+    ended, alone = answers([Said(text, "end"), Said(" fine; the User: field is his", "end")], 1.0)
     assert ended.passed
     assert not alone.passed
     assert alone.found.startswith("1 of 2 ")

@@ -205,7 +205,8 @@ def test_what_got_in_would_not_run_nor_ask(reports, open_page, server, tmp_path,
     at = f"http://127.0.0.1:{server.server_port}"
     hole = (
         f"<script>window.ran = 1; fetch('{at}/e')</script><img src='{at}/a' onerror='window.ran = 2'>"
-        f"<style>h1{{color:red}}</style><link rel=stylesheet href='{at}/b'><iframe src='{at}/c'></iframe><svg onload='window.ran = 3'></svg>"
+        f"<style>h1{{color:red}}</style><link rel=stylesheet href='{at}/b'>"
+        f"<iframe src='{at}/c'></iframe><svg onload='window.ran = 3'></svg>"
         f"<p style='background:url({at}/d)'>x</p>"
     )
     text = text.replace("<main>", f"<main>{hole}", 1)

@@ -205,7 +205,7 @@ def test_markdown_says_what_the_page_says(tmp_path):
         "# Evaluation\n\n**Better on its own data, worse elsewhere**\n\nOn 321 held-out documents"
     )
     assert "| Answers: exactly right | 31.0 % | 58.0 % | +27.0 pp | +18.0 pp to +36.0 pp | 120 | better |" in english
-    assert "| 256–512 | 35 | 3.3333 | 2.8333 | -0.5000 | -0.8667 to -0.1333 |" in english
+    assert "| 2049–4096 | 35 | 3.3333 | 2.8333 | -0.5000 | -0.8667 to -0.1333 |" in english
     assert "```text\nhello\n```" in english
     assert chinese.startswith("# 评测报告\n\n**在自身数据上更好，在其他方面变差**\n\n在 321 个留出文档")
     assert english.count("\n") == chinese.count("\n")

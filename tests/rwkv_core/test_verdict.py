@@ -67,9 +67,9 @@ def test_forgetting_is_named_first_and_with_its_size():
     [
         (
             measure(50, 2.8, 2.81, 0.05),
-            "No forgetting was found on general text; the loss on wiki.txt rises by 0.0600 nats",
+            "No forgetting was found: the loss on wiki.txt rises by 0.0600 nats",
         ),
-        (measure(50, 2.8, 2.5, 0.05), "No forgetting was found on general text; the loss on wiki.txt falls."),
+        (measure(50, 2.8, 2.5, 0.05), "No forgetting was found: the loss on wiki.txt falls."),
         (measure(9, 2.8, 3.5, 0.05), "Whether it forgets is open: wiki.txt has too few items"),
     ],
 )
@@ -161,12 +161,18 @@ def test_the_cost():
     [
         ("answers", "f1", 0.42, 0.66, "66.0 %"), ("tasks", "lambada acc", 0.4, 0.5, "50.0 %"),
         ("tasks", "lambada perplexity", 0.9, 0.8, "0.8000"), ("lm_eval", "wiki bits_per_byte", 0.9, 0.8, "0.8000"),
-        ("lm_eval", "x score", 2.0, 0.8, "0.8000"), ("sources", "a", 0.9, 0.8, "0.8000"), ("general", "a", 900.0, 80.0, "80.0"),
+        ("lm_eval", "x score", 2.0, 0.8, "0.8000"), ("general", "b", 0.9, 0.8, "0.8000"), ("general", "a", 900.0, 80.0, "80.0"),
     ],
 )  # fmt: skip
 def test_shares_are_in_per_cent_and_losses_are_not(group, name, base, tuned, shown):
     found = verdict.measures(COMPARISON | {"measures": {group: {name: measure(50, base, tuned, 0.01)}}})[-1]
     assert found.shown(found.tuned) == shown
+
+
+def test_one_source_is_all_there_is_and_not_said_twice():
+    one = COMPARISON | {"measures": {"sources": {"all": measure(50, 3.0, 2.0, 0.1)}}}
+    assert [m.group for m in verdict.measures(one)] == ["held_out"] * 3
+    assert TEXTS["sources"] not in verdict.judge(one, []).unmeasured
 
 
 def test_a_change_of_a_share_is_in_points():

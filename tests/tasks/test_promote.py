@@ -208,9 +208,13 @@ def test_forgetting_and_form_hold_a_model_back(checkout):
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for margin, passes in ((0.0, False), (50.0, True)):
         answers = {"count": 6, "max_tokens": 30, "ended": 1.0}
-        rules = {"retention": {"text": text, "margin": margin}, "answers": answers}
-        checkout.params = Checkout(checkout.root, checkout.base, **rules).params
-        promoted, checks, _ = ask(checkout, checkout.better)
+        rules = {"retention": {"margin": margin}, "answers": answers}
+        checkout.params = Checkout(checkout.root, checkout.base, general=text, **rules).params
+        promoted, checks, verdict = ask(checkout, checkout.better)
+        measured = verdict["measures"]["base"]["general"]["loss"]
+        assert (measured["items"], measured["better"]) == (30, -1)
+        assert f"{measured['base']:.4f} to {measured['tuned']:.4f}" in checks["general text against the base"]["found"]
+        assert verdict["measures"]["base"]["sources"]["all"]["better"] == 1
         assert promoted == passes
         assert checks["general text against the base"]["passed"] == passes
         assert checks["answers end"]["found"] == "6 of 6 do"

@@ -17,7 +17,7 @@ from data_settings import data, part
 
 from rwkv_core import processes
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.prepare import held_out, prepare, whole
+from rwkv_core.data.prepare import held_out, prepare
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.tokenizer import named, world
@@ -446,21 +446,3 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < 8_000, peaks
-
-
-def test_text_to_score_is_whole_and_unmasked(tmp_path):
-    folder = tmp_path / "general"
-    (folder / "inside").mkdir(parents=True)
-    (folder / "book.txt").write_text("A book.\n\nIts second paragraph. 字")
-    rows = [{"text": "User: a\n\nAssistant: b"}, {"text": ""}, {"prompt": "c", "completion": "d"}]
-    write(folder / "inside/rows.jsonl", rows)
-    documents = whole(folder, world(), tmp_path / "out")
-    assert all(documents[i][-1] == 0 for i in range(len(documents)))
-    found = [world().decode(documents[i][:-1].tolist()) for i in range(len(documents))]
-    assert found[0] == "A book.\n\nIts second paragraph. 字"
-    assert found[1] == "User: a\n\nAssistant: b"
-    assert len(found) == 3
-    assert all(documents.learned(i).all() for i in range(len(documents)))
-    write(folder / "inside/rows.jsonl", [{"neither": 1}])
-    with pytest.raises(InputError, match=r"inside/rows.jsonl:1.*every row is scored"):
-        whole(folder, world(), tmp_path / "out")

@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from documents import scores_of
 
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.errors import InputError
-from rwkv_core.evaluation.held_out import Scores, compare, held_out_prompts, score
+from rwkv_core.evaluation.held_out import compare, held_out_prompts, score
 from rwkv_core.evaluation.measure import FEWEST
 from rwkv_core.models.state import BlockState, mount
 from rwkv_core.tokenizer import Tokenizer, world
@@ -130,7 +131,7 @@ def test_score_says_how_far_it_is(tiny, documents):
 
 
 def test_bits_per_byte_by_hand():
-    scores = Scores(np.array([4.0, 2.0]), np.array([2.0, 1.0]), np.array([3.0, 5.0]))
+    scores = scores_of([4.0, 2.0], [2.0, 1.0], [3.0, 5.0])
     summary = scores.summary()
     assert summary["loss"] == 2.0
     assert summary["perplexity"] == pytest.approx(math.e**2)
@@ -138,11 +139,11 @@ def test_bits_per_byte_by_hand():
 
 
 def test_a_hopeless_model_has_a_perplexity():
-    assert math.isfinite(Scores(np.array([1e6]), np.array([1.0]), np.array([1.0])).summary()["perplexity"])
+    assert math.isfinite(scores_of([1e6], [1.0], [1.0]).summary()["perplexity"])
 
 
 def scores(losses, tokens):
-    return Scores(losses * tokens, tokens, 4 * tokens)
+    return scores_of(losses * tokens, tokens, 4 * tokens)
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_the_same_model_is_not_better(some):
     assert (result["documents"], result["tokens"], result["confidence"]) == (60, int(some[1].sum()), 0.95)
 
 
-def test_a_handful_of_documents_gives_no_verdict(some):
+def test_a_handful_scores_of_gives_no_verdict(some):
     losses, tokens = (x[: FEWEST - 1] for x in some)
     result = judge(scores(losses, tokens), scores(0.5 * losses, tokens))
     assert result["change"]["loss"]["high"] < 0

@@ -1,0 +1,118 @@
+"""Any model on any text, beside another: what the evaluate stage does for its outputs, for files wherever they lie."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rwkv_core import checkpoint
+from rwkv_core.data.binidx import Documents
+from rwkv_core.data.whole import Source, whole
+from rwkv_core.errors import InputError
+from rwkv_core.evaluation.held_out import by_position
+from rwkv_core.evaluation.judge import Texts, compare, judge, write_documents, write_positions
+from rwkv_core.evaluation.subject import Subject
+from rwkv_core.files import whole_folder, write_json
+from rwkv_core.tokenizer import Tokenizer
+
+
+def vocabulary(path: Path) -> int:
+    """Tokens that the model in a checkpoint knows.
+
+    Raises:
+        InputError: it can't be read, or is no model.
+    """
+    embedding = checkpoint.read(path).get("emb.weight")
+    if embedding is None:
+        raise InputError(str(path), "has no emb.weight, so it is no RWKV", "give a model's file")
+    return len(embedding)
+
+
+def read(data: Path, tokenizer: Tokenizer, folder: Path) -> tuple[Documents, list[Source]]:
+    """Text to judge models on, and where it comes from.
+
+    Args:
+        data: whatever `data.source` may be, of which every row is scored whole; or a binidx with the masks that a preparation
+            made, by its path without an ending, such as outputs/data/valid.
+        tokenizer: of the models.
+        folder: to write token files into, where there are none.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    if not data.with_name(f"{data.name}.idx").exists():
+        return whole(data, tokenizer, folder / "text")
+    documents, manifest = Documents(data), data.with_name("manifest.json")
+    facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    parts = [
+        Source(part["name"], part["first"], part["documents"]) for part in facts.get(data.name, {}).get("parts", ())
+    ]
+    if sum(part.documents for part in parts) != len(documents):  # the manifest is another's
+        parts = [Source(data.name, 0, len(documents))]
+    return documents, parts
+
+
+def evaluate(
+    base: Subject,
+    tuned: Subject,
+    data: Path,
+    *,
+    ctx_len: int,
+    batch: int,
+    resamples: int,
+    confidence: float,
+    seed: int,
+    out: Path | None = None,
+    progress: Callable[[str, str, int, int], None] = lambda name, what, done, total: None,
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Score a text with two models.
+
+    Args:
+        base: what is compared with.
+        tuned: what is judged.
+        data: see `read`.
+        ctx_len: tokens that go through a model at once.
+        batch: documents side by side.
+        resamples: of the bootstrap.
+        confidence: of its intervals.
+        seed: of its draws.
+        out: a folder for metrics.json, documents.csv, positions.csv and receipt.json; replaced whole. None: none is written.
+        progress: is told whose documents are scored, of what, how many are done, and how many there are.
+
+    Returns:
+        The metrics, as `judge.compare` gives them, and the rows of `held_out.by_position`.
+
+    Raises:
+        InputError: a file can't be read or used, there is nothing to score, or the models have different vocabularies.
+    """
+    sizes = [vocabulary(subject.path) for subject in (base, tuned)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{base.path} and {tuned.path}",
+            f"have vocabularies of {sizes[0]} and {sizes[1]} tokens, and nats a token are not the same thing then",
+            "compare with a model of the same tokenizer",
+        )
+    with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
+        documents, sources = read(data, tuned.tokenizer, Path(folder))
+        judged = []
+        for name, subject in (("base", base), ("tuned", tuned)):  # one in memory at a time
+            judged.append(
+                judge(
+                    subject, Texts(documents, sources, None), ctx_len=ctx_len, batch=batch,
+                    skip_first=base.has_state or tuned.has_state,
+                    progress=lambda what, done, total, name=name: progress(name, what, done, total),  # type: ignore[misc]
+                )
+            )  # fmt: skip
+            subject.release()
+    draws: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    metrics = compare(*judged, sources, **draws)
+    scores = [one.held_out for one in judged]
+    rows = by_position(*scores, **draws)
+    if out is not None:
+        with whole_folder(out) as made:
+            write_json(made / "metrics.json", metrics)
+            write_json(made / "receipt.json", {"base": dict(base.about), "tuned": dict(tuned.about), "data": str(data)})
+            write_documents(made / "documents.csv", *scores, sources)
+            write_positions(made / "positions.csv", rows)
+    return metrics, rows
