@@ -1,5 +1,6 @@
 """The evaluation as one page that needs no server and no network; the same in markdown, and its pictures as files."""
 
+import csv
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ class Row(NamedTuple):
 
 
 def write(folder: Path, evidence: Evidence) -> Text:
-    """Write report.html, report.md, report.zh.md, and the pictures as .svg files, into a folder that is there.
+    """Write report.html, report.md, report.zh.md, measures.csv, and the pictures as .svg files, into a folder that is there.
 
     Returns:
         The result in a sentence.
@@ -87,6 +88,12 @@ def write(folder: Path, evidence: Evidence) -> Text:
     for name, chart, _ in drawn:
         with whole_file(folder / f"{name}.svg") as temporary:
             temporary.write_text(charts.alone(chart), encoding="utf-8")
+    with whole_file(folder / "measures.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["group", "measure", "items", "base", "tuned", "change", "low", "high", "better"])
+        for m in rows:
+            numbers = (format(x, ".9g") for x in (m.base, m.tuned, m.value, m.low, m.high))
+            table.writerow([TEXTS[m.group].en, m.name.en, m.items, *numbers, m.better])
     for language, name in zip(LANGUAGES, ("report.md", "report.zh.md"), strict=True):
         with whole_file(folder / name) as temporary:
             words = "\n\n".join(_markdown(evidence, found, rows, LANGUAGES.index(language)))

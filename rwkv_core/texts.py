@@ -75,7 +75,7 @@ TEXTS: Mapping[str, Text] = {
         "is_better": ("Better than its base", "优于基座模型"),
         "is_worse": ("Worse than its base", "劣于基座模型"),
         "is_same": ("No difference from its base could be shown", "未能证明与基座模型有差异"),
-        "is_mixed": ("Better on its own data, worse elsewhere", "在自身数据上更好，在其他方面变差"),
+        "is_mixed": ("Better on the held-out documents, worse on other measures", "留出文档上更好，其他指标变差"),
         "is_better_but": ("Better on some measures; no difference shown in its loss", "部分指标变好；损失未显示差异"),
         "is_worse_but": ("Worse on some measures, and no better in its loss", "部分指标变差；损失也没有变好"),
         "few": ("Too few documents for a verdict", "文档太少，无法下结论"),

@@ -137,7 +137,7 @@ def test_a_tuned_state_is_told_of():
 
 def test_it_says_what_was_measured_and_what_was_not():
     text = card.text(subject(), SETTINGS)
-    assert "> Better on its own data, worse elsewhere. On 321 held-out documents" in text
+    assert "> Better on the held-out documents, worse on other measures. On 321 held-out documents" in text
     assert "It has forgotten some of what the base knew" in text
     assert "| Answers: exactly right | 31.0 % | 58.0 % | +27.0 pp | +18.0 pp to +36.0 pp | 120 | better |" in text
     assert "Not measured" not in text
