@@ -61,6 +61,9 @@ def card(root: Path, model: str | None, out: Path | None, say: Say) -> None:
 
     folder = root if model is None else Registry(main_root(root)).find(model).folder
     conformance = mirror.read_json(folder / stage.EXPORT / "conformance.json")
+    merged = mirror.read_json(folder / stage.MERGED / "receipt.json").get("merged", {}).get("sha256")
+    if conformance.get("merged", {}).get("sha256") != merged:
+        conformance = {}  # of another model
     text = cards.text(folder, conformance, params.load().export.card)
     if out is None:
         say(text)

@@ -76,10 +76,9 @@ def release(base: str) -> str | None:
 
 
 def _values(subject: Subject, settings: CardConfig) -> dict[str, Any]:
-    formats = {
-        name: {"file": Markup(entry["file"]), "state": _state(entry)}
-        for name, entry in subject.conformance.get("formats", {}).items()
-    }
+    formats: dict[str, Any] = {}
+    for name, entry in subject.conformance.get("formats", {}).items():
+        formats.setdefault(_family(name), {"file": Markup(entry["file"]), "state": _state(entry)})
     base, source, kind, tokenizer = (
         escape.name(PurePath(path).name)
         for path in (subject.base["path"], subject.source, subject.kind, subject.tokenizer)
@@ -94,7 +93,8 @@ def _values(subject: Subject, settings: CardConfig) -> dict[str, Any]:
         "summary": f"RWKV-{subject.base.get('version', '?')} fine-tuned from {base} on {source}.",
         "headline": found.headline.en if found else "It was not evaluated",
         "sentence": found.sentence.en if found else "",
-        "files": Markup(escape.table(["file", "for", "size", "sha256"], _files(subject.conformance))),
+        "files": Markup(escape.table(["file", "for", "size", "read by", "sha256"], _files(subject.conformance))),
+        "checked": _checked(subject.conformance),
         "formats": formats,
         "version": str(subject.base.get("version")),
         "tokenizer": None if subject.tokenizer == "world" else tokenizer,
@@ -110,7 +110,7 @@ def _values(subject: Subject, settings: CardConfig) -> dict[str, Any]:
 
 def _head(subject: Subject, settings: CardConfig, measures: list[Measure], title: str) -> dict[str, Any]:
     """The card's metadata: what is not known is left out."""
-    formats = subject.conformance.get("formats", {})
+    formats = set(map(_family, subject.conformance.get("formats", {})))
     base = settings.base_model or release(PurePath(subject.base["path"]).name)
     version = subject.base.get("version")
     values = {
@@ -205,12 +205,33 @@ _CLIENTS = {
 
 
 def _files(conformance: Mapping[str, Any]) -> Iterator[list[str]]:
+    readers = {one["file"]: one["reader"] for one in conformance.get("conformance", {}).get("files", [])}
     for name, entry in conformance.get("formats", {}).items():
-        yield [entry["file"], _CLIENTS.get(name, name), verdict.size(entry.get("bytes", 0)), entry.get("sha256", "")]
-        state = entry.get("state")
-        if state:
-            clients = f"{_CLIENTS.get(name, name)}: the tuned state"
-            yield [state["file"], clients, verdict.size(state.get("bytes", 0)), state.get("sha256", "")]
+        clients = _CLIENTS.get(_family(name), name)
+        for one, what in ((entry, clients), (entry.get("state"), f"{clients}: the tuned state")):
+            if one:
+                reader = readers.get(one["file"], "")
+                yield [one["file"], what, verdict.size(one.get("bytes", 0)), reader, one.get("sha256", "")]
+
+
+def _checked(conformance: Mapping[str, Any]) -> str:
+    """How the files were proved, in a sentence."""
+    if not conformance.get("formats"):
+        return "It has not been exported yet."
+    match conformance.get("conformance", {}).get("mode"):
+        case "full":
+            return (
+                "Each was read by another program than the one that wrote it, which computed the logits of three prompts as "
+                "they were in training."
+            )
+        case "structure":
+            return "Each was read by another program than the one that wrote it, tensor by tensor; no logits were computed."
+    return "Each was read back and compared with the trained model."
+
+
+def _family(form: str) -> str:
+    """gguf, of gguf-f16."""
+    return form.partition("-")[0]
 
 
 def _state(entry: Mapping[str, Any]) -> dict[str, Markup] | None:

@@ -7,6 +7,7 @@ from typing import Any
 from rwkv_core import card
 from rwkv_core.config import CardConfig
 from rwkv_core.errors import InputError
+from rwkv_core.files import sha256
 from tasks import mirror, stage
 from tasks.evidence import facts, lineage
 from tasks.record import RunRecord
@@ -32,15 +33,20 @@ def text(root: Path, conformance: Mapping[str, Any], settings: CardConfig) -> st
         raise InputError(
             str(root / stage.TRAIN), "has no record of a training", "run the pipeline first: rwkvflow run"
         ) from None
-    receipt = mirror.read_json(root / stage.EVALUATE / "receipt.json")
+    judged, state = mirror.read_json(root / stage.EVALUATE / "receipt.json").get("tuned"), stage.mounted(root)
+    tuned = {"sha256": mirror.read_json(root / stage.MERGED / "receipt.json").get("merged", {}).get("sha256")}
+    if state is not None:
+        tuned["state_sha256"] = sha256(state)
+    # what another model was judged as is nothing to say of this one
+    comparison = mirror.read_json(root / stage.EVALUATE / "metrics.json") if judged == tuned else {}
     subject = card.Subject(
         base=record.base,
         kind=str(record.params["adapter"]["kind"]),
         source=PurePath(str(record.data.get("path", "unknown"))),
         tokenizer=str(record.params["data"]["tokenizer"]),
         conformance=conformance,
-        comparison=mirror.read_json(root / stage.EVALUATE / "metrics.json") or None,
+        comparison=comparison or None,
         facts=facts(root, record),
-        lineage=lineage(root, record, receipt),
+        lineage=lineage(root, record),
     )
     return card.text(subject, settings)

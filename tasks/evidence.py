@@ -16,7 +16,7 @@ from rwkv_core.verdict import size, time
 from tasks import mirror, stage
 from tasks.record import RunRecord
 
-FILES = ("metrics.json", "positions.csv", "documents.csv", "samples.json", "receipt.json")
+FILES = ("metrics.json", "positions.csv", "documents.csv", "samples.json")
 """Of outputs/evaluate, from which the report is made."""
 
 
@@ -29,7 +29,7 @@ def evidence(root: Path, evaluated: Path) -> Evidence:
     """
     train = root / stage.TRAIN
     record = RunRecord.read(train)
-    measured, receipt = mirror.read_json(train / "metrics.json"), mirror.read_json(evaluated / "receipt.json")
+    measured = mirror.read_json(train / "metrics.json")
     adapter = root / stage.ADAPTER
     cost = {
         "steps": int(measured["steps"]),
@@ -48,30 +48,28 @@ def evidence(root: Path, evaluated: Path) -> Evidence:
         documents=_documents(evaluated / "documents.csv"),
         samples=_samples(evaluated / "samples.json"),
         facts=facts(root, record),
-        lineage=lineage(root, record, receipt),
+        lineage=lineage(root, record),
         cost=cost,
     )
 
 
-def lineage(root: Path, record: RunRecord, receipt: Mapping[str, Any]) -> list[tuple[Text, object]]:
+def lineage(root: Path, record: RunRecord) -> list[tuple[Text, object]]:
     """Hashes of what a model came from, and what is said of its training.
 
     Args:
         root: as of `evidence`.
         record: of the training.
-        receipt: of the evaluation: which base and which tuned model it took.
     """
-    merge = root / stage.MERGED / "receipt.json"
-    tuned, git = receipt.get("tuned", {}), record.git
-    adapters = mirror.read_json(merge).get("adapters", [])
+    merge, git, state = root / stage.MERGED / "receipt.json", record.git, stage.mounted(root)
+    receipt = mirror.read_json(merge)
     commit: object = git.get("commit") or T["no_commit"]
     found = {
-        "base_hash": receipt.get("base", {}).get("sha256") or record.base.get("sha256"),
+        "base_hash": record.base.get("sha256"),
         "data_hash": record.data.get("sha256"),
-        "adapter_hash": ", ".join(f"{entry['sha256']} ({entry.get('kind')})" for entry in adapters),
+        "adapter_hash": ", ".join(f"{entry['sha256']} ({entry.get('kind')})" for entry in receipt.get("adapters", [])),
         "receipt_hash": sha256(merge) if merge.exists() else None,
-        "tuned_hash": tuned.get("sha256"),
-        "state_hash": tuned.get("state_sha256"),
+        "tuned_hash": receipt.get("merged", {}).get("sha256"),
+        "state_hash": sha256(state) if state else None,
         "commit": T["changed"](commit=commit) if git.get("dirty") else commit,
         "experiment": record.dvc_experiment.get("name"),
         "run": record.digest,

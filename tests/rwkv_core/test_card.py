@@ -21,7 +21,7 @@ def entry(file, **more):
 
 
 STATE = {"state": entry("state.pth")}
-FORMATS = {"pth": entry("model.pth"), "st": entry("model.st"), "gguf": entry("model.gguf"), "hf": entry("huggingface")}
+FORMATS = {"pth": entry("model.pth"), "st": entry("model.st"), "gguf-f16": entry("model-f16.gguf"), "hf": entry("hf")}
 
 
 def subject(formats=FORMATS, comparison=FULL, base="RWKV-x070-World-0.1B-v2.8-20241210-ctx4096.pth", **changes):
@@ -109,12 +109,29 @@ def test_each_file_has_a_way_to_be_loaded(form):
     words = {
         "pth": ["### RWKV Runner", "### The rwkv package", 'RWKV(model="model"', 'os.environ["RWKV_V7_ON"] = "1"'],
         "st": ["### Ai00", 'name = "model.st"'],
-        "gguf": ["### llama.cpp", "-m model.gguf", "### Ollama", "FROM ./model.gguf"],
-        "hf": ["### Transformers", 'folder = "huggingface"', "import fla"],
+        "gguf-f16": ["### llama.cpp", "-m model-f16.gguf", "### Ollama", "FROM ./model-f16.gguf"],
+        "hf": ["### Transformers", 'folder = "hf"', "import fla"],
     }
     for other, expected in words.items():
         assert all((each in text) == (other == form) for each in expected), other
     assert f"| {FORMATS[form]['file']} |" in text
+
+
+def test_several_of_a_kind_are_one_way_to_load():
+    formats = {"gguf-f16": entry("model-f16.gguf"), "gguf-q8_0": entry("model-q8_0.gguf")}
+    text = card.text(subject(formats), SETTINGS)
+    assert text.count("### Ollama") == 1
+    assert text.count("| llama.cpp, Ollama |") == 2
+
+
+@pytest.mark.parametrize(("mode", "words"), [("full", "computed the logits"), ("structure", "no logits were computed")])
+def test_it_says_how_the_files_were_proved(mode, words):
+    verdict = {"mode": mode, "files": [{"file": "model.pth", "reader": "rwkv 0.8.32"}]}
+    text = card.text(subject(conformance={"formats": FORMATS, "conformance": verdict}), SETTINGS)
+    assert words in text
+    assert "| 35.5 MB | rwkv 0.8.32 |" in text
+    assert "Each was read back" in card.text(subject(), SETTINGS)
+    assert "It has not been exported yet." in card.text(subject({}), SETTINGS)
 
 
 def test_python_in_it_is_python():
