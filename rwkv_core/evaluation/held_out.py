@@ -160,11 +160,12 @@ def _batch(
     nats = np.zeros(count.shape)
     tokens, goals = tokens.to(device), goals.to(device)
     carried = None if state is None else mount(model.initial_state(len(chosen)), state)
+    head = model.head.now()
     for at in range(0 if state is None else 1, longest, ctx_len):
         targets = goals[:, at + 1 : at + 1 + ctx_len]
         inputs = tokens[:, at : at + targets.shape[1]].clamp(min=END)
         features, carried = model.features(inputs, carried)
-        nll = token_nll(features.flatten(0, 1), model.head.weight, targets.flatten())
+        nll = token_nll(features.flatten(0, 1), head, targets.flatten())
         first, last = np.searchsorted(begins, [at, at + targets.shape[1] - 1], "right") - 1
         cuts = np.maximum(begins[first : last + 1] - at, 0)
         nats[:, first : last + 1] += np.add.reduceat(nll.view(targets.shape).double().cpu().numpy(), cuts, 1)

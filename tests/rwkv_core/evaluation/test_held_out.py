@@ -1,16 +1,25 @@
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from documents import scores_of
 
+from rwkv_core import checkpoint
 from rwkv_core.data.binidx import Documents, Writer
+from rwkv_core.data.whole import Source
 from rwkv_core.errors import InputError
-from rwkv_core.evaluation.held_out import compare, held_out_prompts, score
+from rwkv_core.evaluation.held_out import by_position, by_source, compare, ends, held_out_prompts, score
 from rwkv_core.evaluation.measure import FEWEST
+from rwkv_core.evaluation.store import Journal, Store
+from rwkv_core.evaluation.subject import Subject
 from rwkv_core.models.state import BlockState, mount
-from rwkv_core.tokenizer import Tokenizer, world
+from rwkv_core.tokenizer import Tokenizer, named, world
 
 TABLE = [b"", *(bytes([96 + i % 26 + 1]) * (1 + i % 3) for i in range(63))]
 LETTERS = Tokenizer(TABLE, lambda text: [])
@@ -201,18 +210,6 @@ def test_the_interval_follows_the_seed_and_the_confidence(some):
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
 
 
-def test_the_interval_covers():
-    """The true change, 0, lies in about nine of ten 90 % intervals."""
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(200):
-        tokens = rng.integers(20, 100, 40).astype(float)
-        losses = rng.normal(3, 1, 40).clip(0.5)
-        tuned = scores(losses + rng.normal(0, 0.2, 40), tokens)
-        inside += judge(scores(losses, tokens), tuned, resamples=100, confidence=0.9)["better"] == 0
-    assert 165 <= inside <= 195
-
-
 def test_held_out_prompts(tmp_path):
     writer = Writer(tmp_path / "valid")
     for i in range(20):
@@ -227,3 +224,140 @@ def test_held_out_prompts(tmp_path):
     assert held_out_prompts(documents, world(), 0) == []
     assert held_out_prompts(documents, world(), 3, marker="prose") == ["prose"] * 3
     assert held_out_prompts(documents, world(), 3, marker="nowhere") == []
+
+
+def test_perplexity_is_that_of_torchmetrics(tiny, documents, monkeypatch):
+    """On the tokens that a mask has, of documents side by side."""
+    from torchmetrics.text import Perplexity
+
+    masks = [np.arange(len(documents[i])) % 4 != 1 for i in range(len(documents))]
+    monkeypatch.setattr(Documents, "learned", lambda self, i: masks[i])
+    scores = score(tiny.eval(), documents, LETTERS, ctx_len=7, batch=3)
+    metric = Perplexity(ignore_index=-100)
+    for i, mask in enumerate(masks):
+        tokens = torch.from_numpy(documents[i].astype(np.int64))
+        with torch.no_grad():
+            logits = tiny(torch.cat([torch.zeros(1, dtype=torch.int64), tokens[:-1]])[None])[0]
+        metric.update(logits, torch.where(torch.from_numpy(mask), tokens, -100)[None])
+    assert scores.summary()["perplexity"] == pytest.approx(metric.compute().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("after_state", [False, True])
+@pytest.mark.parametrize("ctx_len", [7, 16, 1000])
+def test_loss_by_position_is_that_of_the_tokens_there(after_state, ctx_len, tiny, documents, monkeypatch):
+    masks = [np.arange(len(documents[i])) % 5 != i % 5 for i in range(len(documents))]
+    monkeypatch.setattr(Documents, "learned", lambda self, i: masks[i])
+    state = tuned_of(tiny) if after_state else None
+    scores = score(tiny.eval(), documents, LETTERS, ctx_len=ctx_len, batch=3, state=state)
+    nats, tokens = np.zeros((len(documents), 3)), np.zeros((len(documents), 3))
+    for i, mask in enumerate(masks):
+        ids = documents[i].tolist()
+        with torch.no_grad():
+            begin = mount(tiny.initial_state(1), state) if state else None
+            logits = tiny(torch.tensor([ids if after_state else [0, *ids]]), begin)[0][0].double()
+        for at in range(int(after_state), len(ids)):
+            if mask[at]:
+                nll = -torch.log_softmax(logits[at - after_state], -1)[ids[at]].item()
+                nats[i, (at >= 16) + (at >= 32)] += nll
+                tokens[i, (at >= 16) + (at >= 32)] += 1
+    np.testing.assert_allclose(scores.nats_by_position, nats, rtol=1e-5)
+    np.testing.assert_array_equal(scores.tokens_by_position, tokens)
+    np.testing.assert_array_equal(scores.tokens, tokens.sum(1))
+    worse = scores._replace(nats_by_position=scores.nats_by_position + 0.5 * tokens)
+    rows = by_position(scores, worse, resamples=100, confidence=0.95, seed=0)
+    assert [(row["from"], row["to"], row["tokens"]) for row in rows] == [
+        (begin, end, tokens[:, i].sum()) for i, (begin, end) in enumerate([(1, 16), (17, 32), (33, 64)])
+    ]
+    for i, row in enumerate(rows):
+        assert row["base_loss"] == pytest.approx(nats[:, i].sum() / tokens[:, i].sum(), rel=1e-5)
+        assert (row["change"], row["low"], row["high"]) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("longest", "wanted"), [(1, [16]), (16, [16]), (17, [16, 32]), (32, [16, 32]), (33, [16, 32, 64])]
+)
+def test_where_positions_end(longest, wanted):
+    assert ends(longest) == wanted
+
+
+def test_loss_by_source(some):
+    losses, tokens = some
+    parts = [Source("a", 0, 10), Source("none", 10, 0), Source("b", 10, 50)]
+    found = by_source(scores(losses, tokens), parts)
+    assert list(found) == ["a", "b"]
+    assert found["a"].mean() == pytest.approx((losses * tokens)[:10].sum() / tokens[:10].sum())
+    assert found["b"].mean() == pytest.approx((losses * tokens)[10:].sum() / tokens[10:].sum())
+
+
+def test_documents_that_are_left_out_count_for_nothing(some):
+    losses, tokens = some
+    left_out = np.arange(60) % 3 == 0
+    without = scores(losses, tokens).without(left_out)
+    assert without.summary() == pytest.approx(scores(losses[~left_out], tokens[~left_out]).summary())
+    assert without.tokens_by_position[left_out].sum() == without.nats_by_position[left_out].sum() == 0
+
+
+def test_scoring_goes_on_after_the_batches_that_are_known(tiny, documents):
+    """With the same numbers, to the bit; and where all are known, without a model."""
+    sizes = {"ctx_len": 7, "batch": 3}
+    whole = Journal()
+    wanted = score(tiny.eval(), documents, LETTERS, journal=whole, **sizes)
+    loaded = []
+    for done in range(len(whole.pieces) + 1):
+        scores = score(
+            lambda: loaded.append(1) or tiny, documents, LETTERS, journal=Journal(pieces=whole.pieces[:done]), **sizes
+        )
+        for x, y in zip(scores, wanted, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert len(loaded) == len(whole.pieces)  # not the last time
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_held_out import scored_in
+
+scored_in(Path("killed"))
+"""
+
+
+def scored_in(folder):
+    subject = Subject(Path("model.pth"), named("bytes", {}), store=Store(folder))
+    return subject.score(Documents(Path("text")), ctx_len=16, batch=2)
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_goes_on_to_the_same_bytes(tmp_path, random_model, monkeypatch):
+    """By SIGKILL, twice, whatever it is at."""
+    checkpoint.write(tmp_path / "model.pth", random_model(vocab_size=256).state_dict())
+    draw, writer = np.random.default_rng(0), Writer(tmp_path / "text")
+    for _ in range(500):
+        writer.add([*draw.integers(1, 256, draw.integers(1, 60)).tolist(), 0])
+    writer.close()
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    lines = []
+    for wait in draw.uniform(0, 0.2, 2):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(Path(__file__).parent)], env=environment)
+        found = lambda: [path.read_bytes().count(b"\n") for path in Path("killed").glob("*.jsonl")]  # noqa: E731
+        while process.poll() is None and sum(found()) <= max(lines, default=0):
+            time.sleep(0.001)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        lines += found()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scores, undisturbed = (scored_in(Path(folder)) for folder in ("killed", "whole"))
+    torch.set_num_threads(threads)
+    killed, whole = (next(Path(folder).iterdir()) for folder in ("killed", "whole"))
+    assert lines == sorted(lines)
+    assert 1 < lines[0] < whole.read_bytes().count(b"\n"), lines
+    assert killed.name == whole.name
+    assert killed.read_bytes() == whole.read_bytes()
+    for x, y in zip(scores, undisturbed, strict=True):
+        np.testing.assert_array_equal(x, y)
