@@ -83,9 +83,9 @@ def _values(subject: Subject, settings: CardConfig) -> dict[str, Any]:
         escape.name(PurePath(path).name)
         for path in (subject.base["path"], subject.source, subject.kind, subject.tokenizer)
     )
-    comparison = subject.comparison
-    measures = [m._replace(name=_last(m.name)) for m in verdict.measures(comparison)] if comparison else []
-    found = verdict.judge(_named(comparison), []) if comparison else None
+    comparison = _named(subject.comparison) if subject.comparison else None
+    measures = verdict.measures(comparison) if comparison else []
+    found = verdict.judge(comparison, []) if comparison else None
     title = f"{PurePath(base).stem}, {kind} on {source}"
     return {
         "front": Markup("\n".join(_yaml(_head(subject, settings, measures, title)))),
@@ -163,7 +163,7 @@ def _limits(comparison: Mapping[str, Any] | None) -> Iterator[str]:
     if comparison is None:
         yield "It was not evaluated."
         return
-    found = verdict.judge(_named(comparison), [])
+    found = verdict.judge(comparison, [])
     if found.unmeasured:
         yield f"Not measured: {', '.join(group.en for group in found.unmeasured)}."
     yield (
@@ -173,16 +173,15 @@ def _limits(comparison: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _named(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """With sources and tasks by the last part of their path."""
-    measures = {
-        group: {PurePath(name).name or name: entry for name, entry in of.items()}
-        for group, of in comparison.get("measures", {}).items()
-    }
+    """With sources by the last part of their path, and tasks by that and the metric's name."""
+    measures: dict[str, dict[str, Any]] = {}
+    for group, of in comparison.get("measures", {}).items():
+        found = measures.setdefault(group, {})
+        for name, entry in of.items():
+            short = "/".join(PurePath(name).parts[-2 if group in ("tasks", "lm_eval") else -1 :]) or name
+            same = sum(each == short or each.startswith(f"{short} (") for each in found)
+            found[f"{short} ({same + 1})" if same else short] = entry
     return {**comparison, "measures": measures}
-
-
-def _last(name: Text) -> Text:
-    return Text.same(PurePath(name.en).name or name.en) if name.en == name.zh else name
 
 
 def _table(rows: Any) -> str:

@@ -59,10 +59,10 @@ MEASURES = {
     },
     "memorised": {"verbatim": measure(200, 0.01, 0.055, 0.03)},
     "tasks": {
-        "lambada acc": measure(500, 0.41, 0.405, 0.03, higher_is_better=True),
-        "lambada perplexity": measure(500, 12.1, 12.9, 0.5),
+        "lambada/acc": measure(500, 0.41, 0.405, 0.03, higher_is_better=True),
+        "lambada/log_perplexity": measure(500, 12.1, 12.9, 0.5),
     },
-    "lm_eval": {"piqa acc": measure(1838, 0.66, 0.655, 0.012, higher_is_better=True)},
+    "lm_eval": {"piqa/acc": measure(1838, 0.66, 0.655, 0.012, higher_is_better=True)},
 }  # fmt: skip
 FULL = COMPARISON | {"measures": MEASURES}
 

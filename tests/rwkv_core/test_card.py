@@ -55,7 +55,7 @@ def test_the_hub_reads_it():
     results = {(result.dataset_name, result.metric_type): result for result in data.eval_results}
     assert len(results) == 3 + sum(map(len, MEASURES.values()))
     assert results["answers.jsonl, held out", "perplexity"].metric_value == 5.0784
-    assert results["lm-eval: piqa acc", "piqa_acc"].metric_value == 0.655
+    assert results["lm-eval: piqa/acc", "acc"].metric_value == 0.655
     assert {result.task_type for result in results.values()} == {"text-generation"}
 
 
@@ -101,6 +101,23 @@ def test_no_place_on_a_machine_is_told(comparison):
     assert "my-laptop" not in text
     assert "answers.jsonl" in text
     assert ("a.jsonl" in text.replace("answers.jsonl", "")) == (comparison is not None)
+
+
+def test_two_of_a_name_are_two():
+    one, other = MEASURES["general"]["wiki.txt"], MEASURES["sources"]["support.jsonl"]
+    measures = {
+        "sources": {"/a/x": one, "/b/x": other},
+        "lm_eval": {"piqa/acc": one, "arc/acc": other, "/d/arc/acc": one},
+    }
+    text = card.text(subject(comparison=COMPARISON | {"measures": measures}), SETTINGS)
+    for name in (
+        "By source: x |",
+        "By source: x (2) |",
+        "lm-eval: piqa/acc |",
+        "lm-eval: arc/acc |",
+        "lm-eval: arc/acc (2) |",
+    ):
+        assert f"| {name}" in text
 
 
 @pytest.mark.parametrize("form", FORMATS)

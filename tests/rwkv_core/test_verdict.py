@@ -91,8 +91,8 @@ def test_every_group_has_a_sentence_and_every_measure_is_in_it():
         "words in common",
         "right choice",
         "ends by itself",
-        "lambada perplexity",
-        "piqa acc",
+        "lambada/log_perplexity",
+        "piqa/acc",
     ):
         assert name in text
 
@@ -160,7 +160,7 @@ def test_the_cost():
     ("group", "name", "base", "tuned", "shown"),
     [
         ("answers", "f1", 0.42, 0.66, "66.0 %"), ("tasks", "lambada acc", 0.4, 0.5, "50.0 %"),
-        ("tasks", "lambada perplexity", 0.9, 0.8, "0.8000"), ("lm_eval", "wiki bits_per_byte", 0.9, 0.8, "0.8000"),
+        ("tasks", "lambada/log_perplexity", 0.9, 0.8, "0.8000"), ("lm_eval", "wiki bits_per_byte", 0.9, 0.8, "0.8000"),
         ("lm_eval", "x score", 2.0, 0.8, "0.8000"), ("general", "b", 0.9, 0.8, "0.8000"), ("general", "a", 900.0, 80.0, "80.0"),
     ],
 )  # fmt: skip
