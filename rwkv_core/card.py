@@ -113,7 +113,7 @@ def _head(subject: Subject, settings: CardConfig, measures: list[Measure], title
     formats = set(map(_family, subject.conformance.get("formats", {})))
     base = settings.base_model or release(PurePath(subject.base["path"]).name)
     version = subject.base.get("version")
-    values = {
+    values: dict[str, Any] = {
         "base_model": base,
         "language": list(settings.languages),
         "license": settings.license,

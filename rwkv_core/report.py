@@ -142,7 +142,7 @@ def _sample(sample: Mapping[str, str]) -> dict[str, Any]:
 
 def _code(text: Text) -> Markup:
     """One of our own texts, with what stands between backticks as code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text.__html__()))
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(text.__html__())))  # Markup would escape the tags
 
 
 def _pieces(words: list[str], shared: list[tuple[int, int]]) -> Iterator[tuple[bool, str]]:

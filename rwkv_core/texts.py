@@ -86,6 +86,12 @@ TEXTS: Mapping[str, Text] = {
             "在 {documents} 个留出文档（{tokens} 个词元）上，微调模型{word}基座模型：每词元损失从 {base} 变为 {tuned} 奈特，"
             "变化 {change}（{confidence} 区间 {low} 至 {high}）。",
         ),
+        "held_out_few": (
+            "On {documents} held-out documents ({tokens} tokens), too few for a verdict, the loss goes from {base} to {tuned} "
+            "nats a token, a change of {change} ({confidence} interval {low} to {high}).",
+            "在 {documents} 个留出文档（{tokens} 个词元）上，每词元损失从 {base} 变为 {tuned} 奈特，变化 {change}"
+            "（{confidence} 区间 {low} 至 {high}）；文档太少，无法下结论。",
+        ),
         "better_than": ("better than", "优于"),
         "worse_than": ("worse than", "劣于"),
         "same_as": ("not distinguishable from", "无法区别于"),

@@ -82,10 +82,13 @@ def measures(comparison: Mapping[str, Any]) -> list[Measure]:
     for raw in HELD_OUT:
         change = comparison["change"][raw]
         better = 0 if few else int(change["high"] < 0) - int(change["low"] > 0)
-        ends = (change["value"], change["low"], change["high"])
-        both = (comparison["base"][raw], comparison["tuned"][raw])
-        what = ("held_out", raw, name("held_out", raw), comparison["documents"])
-        found.append(Measure(*what, *both, *ends, better, higher_is_better=False, few=few, share=False))
+        found.append(
+            Measure(
+                "held_out", raw, name("held_out", raw), comparison["documents"], comparison["base"][raw],
+                comparison["tuned"][raw], change["value"], change["low"], change["high"], better,
+                higher_is_better=False, few=few, share=False,
+            )
+        )  # fmt: skip
     for group in GROUPS:
         entries = comparison.get("measures", {}).get(group, {})
         for raw, entry in (
@@ -166,7 +169,7 @@ def _headline(few: bool, better: int, gains: bool, losses: bool) -> tuple[Text, 
 def sentence(comparison: Mapping[str, Any]) -> Text:
     """The held-out documents in a sentence."""
     change = comparison["change"]["loss"]
-    return T["held_out_is"](
+    return T["held_out_is" if comparison["documents"] >= FEWEST else "held_out_few"](
         documents=f"{comparison['documents']:,}",
         tokens=f"{comparison['tokens']:,}",
         word=T[{1: "better_than", -1: "worse_than", 0: "same_as"}[comparison["better"]]],

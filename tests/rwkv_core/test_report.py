@@ -138,6 +138,13 @@ def test_no_samples_and_no_positions(tmp_path):
     assert "Loss by position" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_commands_and_settings_are_code(tmp_path):
+    report.write(tmp_path, evidence(COMPARISON))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<code>rwkvflow promote</code>") == 2
+    assert "&lt;code" not in page
+
+
 def test_an_empty_answer_is_said_to_be_empty(tmp_path):
     report.write(tmp_path, evidence(samples=[{"prompt": "q", "base": "", "tuned": "an answer"}]))
     assert "(nothing)" in (tmp_path / "report.html").read_text(encoding="utf-8")

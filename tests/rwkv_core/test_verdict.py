@@ -117,6 +117,9 @@ def test_too_few_documents_are_named_and_no_number_of_them_is_called_better():
     few = COMPARISON | {"documents": 9, "better": 0}
     found = verdict.judge(few, [])
     assert "9 documents are too few for a verdict, whatever the numbers say: 10 are the least." in points(found)
+    assert found.sentence.en.startswith(
+        "On 9 held-out documents (98,765 tokens), too few for a verdict, the loss goes from 2.1250"
+    )
     assert [m.verdict for m in verdict.measures(few)] == ["too_few"] * 3
 
 
