@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +96,22 @@ def evaluate(
         )
     with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
         documents, sources = read(data, tuned.tokenizer, Path(folder))
-        judged = []
+        about = {"path": str(data), "sha256": documents.digest()}
+        judged = {}
         for name, subject in (("base", base), ("tuned", tuned)):  # one in memory at a time
-            judged.append(
-                judge(
-                    subject, Texts(documents, sources, None), ctx_len=ctx_len, batch=batch,
-                    skip_first=base.has_state or tuned.has_state,
-                    progress=lambda what, done, total, name=name: progress(name, what, done, total),  # type: ignore[misc]
-                )
+            judged[name] = judge(
+                subject, Texts(documents, sources, None), ctx_len=ctx_len, batch=batch,
+                skip_first=base.has_state or tuned.has_state, progress=partial(progress, name),
             )  # fmt: skip
             subject.release()
     draws: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    metrics = compare(*judged, sources, **draws)
-    scores = [one.held_out for one in judged]
-    rows = by_position(*scores, **draws)
+    metrics = compare(judged["base"], judged["tuned"], sources, **draws)
+    before, after = judged["base"].held_out, judged["tuned"].held_out
+    rows = by_position(before, after, **draws)
     if out is not None:
         with whole_folder(out) as made:
             write_json(made / "metrics.json", metrics)
-            write_json(made / "receipt.json", {"base": dict(base.about), "tuned": dict(tuned.about), "data": str(data)})
-            write_documents(made / "documents.csv", *scores, sources)
+            write_json(made / "receipt.json", {"base": dict(base.about), "tuned": dict(tuned.about), "data": about})
+            write_documents(made / "documents.csv", before, after, sources)
             write_positions(made / "positions.csv", rows)
     return metrics, rows

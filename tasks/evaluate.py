@@ -62,7 +62,7 @@ def evaluate() -> None:
                 progress=_Told(name),
             )  # fmt: skip
             texts[name] = _samples(subject, prompts, params)
-    draws = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": params.seed}
+    draws: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": params.seed}
     comparison = compare(judged["base"], judged["tuned"], on.sources, **draws)
     base, tuned = judged["base"].held_out, judged["tuned"].held_out
     samples = [

@@ -346,7 +346,7 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from _numbers(value, f"{name}/")
         elif isinstance(value, list) and len(value) == 2:
             yield from _numbers({"low": value[0], "high": value[1]}, f"{name}/")
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, value
 
 

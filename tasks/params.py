@@ -41,6 +41,15 @@ class Params(Config):
     promote: PromoteConfig
     tracking: TrackingConfig
 
+    def check_retention(self) -> None:
+        """Raises InputError if forgetting is to be judged on a text that is not named."""
+        if self.promote.retention is not None and self.evaluate.general is None:
+            raise InputError(
+                f"promote.retention.margin = {self.promote.retention.margin:g}",
+                "is of the loss of evaluate.general, which is null",
+                "name a general text there, or set promote.retention to null",
+            )
+
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """The parameters in `path`.
@@ -64,12 +73,7 @@ def check(text: str, name: str) -> Params:
     """
     params = _parsed(text, name, Params)
     params.train.check_rows(params.adapter.state != "none")
-    if params.promote.retention is not None and params.evaluate.general is None:
-        raise InputError(
-            f"{name}: promote.retention.margin = {params.promote.retention.margin:g}",
-            "is of the loss of evaluate.general, which is null",
-            "name a general text there, or set promote.retention to null",
-        )
+    params.check_retention()
     return params
 
 

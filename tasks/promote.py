@@ -147,6 +147,7 @@ def _judge(
     files: Check,
     say: Say,
 ) -> tuple[list[Check], list[str], dict[str, Any]]:
+    params.check_retention()
     settings, rules = params.evaluate, params.promote
     data = version.record.params["data"]
     tokenizer = named(data["tokenizer"], data["special_tokens"])
@@ -180,7 +181,11 @@ def _judge(
             )  # fmt: skip
             if name == "candidate" and prompts and np.isfinite(one.held_out.nats).all():
                 given = _answers(subject, prompts, params)
-            judged[name] = one._replace(held_out=one.held_out.without(seen))
+            judged[name] = one
+    finite = gate.finite(
+        [one for one in (judged["candidate"].held_out, judged["candidate"].general) if one is not None]
+    )
+    judged = {name: one._replace(held_out=one.held_out.without(seen)) for name, one in judged.items()}
     mine = judged.pop("candidate")
     checks = [
         gate.lower(name, one.held_out, mine.held_out, rules.held_out, settings, params.seed)
@@ -194,7 +199,7 @@ def _judge(
             if one.general is not None and mine.general is not None:
                 margin = rules.retention.margin
                 checks.append(gate.kept(name, one.general, mine.general, margin, settings, params.seed))
-    checks.append(gate.finite([mine.held_out, *([mine.general] if mine.general is not None else [])]))
+    checks.append(finite)
     if given and rules.answers is not None:
         checks += gate.answers(given, rules.answers.ended)
     elif rules.answers is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +41,13 @@ class Scores(NamedTuple):
     tokens_by_position: Array
     """(D, P)."""
 
-    def of(self, chosen: npt.NDArray[np.bool_]) -> Self:
+    def of(self, chosen: npt.NDArray[np.bool_]) -> "Scores":
         """Those of some documents, (D,)."""
-        return self._make(column[chosen] for column in self)
+        return Scores(*(column[chosen] for column in self))
 
-    def without(self, left_out: npt.NDArray[np.bool_]) -> Self:
+    def without(self, left_out: npt.NDArray[np.bool_]) -> "Scores":
         """As many documents, of which those (D,) count for nothing."""
-        return self._make(np.where(left_out.reshape(-1, *[1] * (c.ndim - 1)), 0.0, c) for c in self)
+        return Scores(*(np.where(left_out.reshape(-1, *[1] * (c.ndim - 1)), 0.0, c) for c in self))
 
     def loss(self) -> float:
         """Mean cross-entropy in nats a token."""

@@ -172,7 +172,7 @@ def _line(piece: Any) -> bytes:
 def _whole_lines(file: BinaryIO, path: Path) -> list[Any]:
     """What the lines say, up to the first that is not whole; the file ends there from now on."""
     file.seek(0)
-    found, end = [], 0
+    found, end = list[Any](), 0
     for line in file:
         digest, _, text = line.rstrip(b"\n").partition(b" ")
         if not line.endswith(b"\n"):  # the process was killed while it wrote

@@ -79,7 +79,7 @@ class Subject:
             if state is not None and record.adapter.state != "none":
                 raise InputError(str(state), f"{adapter} has a state of its own", "give one of them")
         self.path, self.tokenizer = path, tokenizer
-        self._adapter, self._adapter_file, self._state_file = record and record.adapter, adapter, state
+        self._adapter, self._state_file = None if record is None else record.adapter, state
         dtype = dtype or ("bf16" if torch.cuda.is_available() else "fp32")
         self._dtype, self._op, self._divisor = checkpoint.DTYPES.get(dtype), op, models.divisor(path, head_size_divisor)
         self._quantize: Form = quantize or (record.quantize if record else "none")

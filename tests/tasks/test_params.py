@@ -196,6 +196,14 @@ def test_orders_and_mixes_that_make_sense(set_train):
     assert load(set_train({"mix": mix, "epochs": None, "tokens": 1000})).train.mix == mix
 
 
+def test_what_forgetting_is_judged_on_must_be_named(edited):
+    asked = ("retention: null", "retention: {margin: 0.02}")
+    assert "promote.retention.margin = 0.02: is of the loss of evaluate.general, which is null" in message(
+        edited(asked)
+    )
+    load(edited(asked, ("general: null", "general: evaluation/general.jsonl")))
+
+
 def test_yaml_that_does_not_parse_names_the_place(edited):
     text = message(edited(("seed: 42", "seed: [42")))
     assert "is not YAML" in text

@@ -1,5 +1,6 @@
 """Each stage alone, as dvc.yaml calls it: what it writes, and what it says when it can't."""
 
+import csv
 import json
 import os
 import resource
@@ -79,6 +80,44 @@ def test_evaluate_compares_and_reports(done):
     for words in ("better than", "mine/corpus.jsonl", f"{done.json('outputs/train/metrics.json')['steps']} steps"):
         assert str(words) in (done.root / "outputs/evaluate/report.md").read_text()
     assert len(done.json("outputs/evaluate/samples.json")) == 1
+    (name, loss), *others = metrics["measures"]["sources"].items()
+    assert (name, others) == ("all", [])
+    assert (loss["items"], loss["base"]) == (metrics["documents"], metrics["base"]["loss"])
+    assert loss["change"] == metrics["change"]["loss"]
+    with (done.root / "outputs/evaluate/positions.csv").open() as file:
+        positions = list(csv.DictReader(file))
+    assert [row["from"] for row in positions[:2]] == ["1", "17"]
+    assert sum(int(row["tokens"]) for row in positions) == metrics["tokens"]
+    with (done.root / "outputs/evaluate/documents.csv").open() as file:
+        assert {row["source"] for row in csv.DictReader(file)} == {"all"}
+
+
+def test_a_base_is_scored_once_and_the_outputs_are_the_same_bytes(done, fresh):
+    """With all of it known, with the base known, and with nothing."""
+    before = files(done)
+    for known, scored in (("none", ["base", "tuned"]), ("all", []), ("base", ["tuned"])):
+        if known == "base":
+            tuned = sha256(fresh.root / "outputs/merged/model.pth")
+            for entry in (fresh.root / ".rwkvflow/scores").glob("*.jsonl"):
+                if tuned in entry.read_text():
+                    entry.unlink()
+        shutil.rmtree(fresh.root / "outputs/evaluate")
+        said = fresh.stage("evaluate").stdout
+        assert [name for name in ("base", "tuned") if f"scoring the {name}" in said] == scored
+        assert files(fresh) == before
+
+
+def test_general_text_is_judged_on_and_must_lie_where_dvc_looks(fresh):
+    rows = [{"text": f"{i} The quick brown fox jumps over the lazy dog {i * 7}."} for i in range(12)]
+    (fresh.root / "mine/general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fresh.set(evaluate__general="mine/general.jsonl")
+    failed = fresh.stage("evaluate", check=False)
+    assert "evaluate.general = mine/general.jsonl: must be in evaluation/" in failed.stdout
+    shutil.copy(fresh.root / "mine/general.jsonl", fresh.root / "evaluation/general.jsonl")
+    fresh.set(evaluate__general="evaluation/general.jsonl")
+    fresh.stage("evaluate")
+    (loss,) = fresh.json("outputs/evaluate/metrics.json")["measures"]["general"].values()
+    assert loss["items"] == 12
 
 
 def test_export_writes_what_it_checked(done):

@@ -116,7 +116,8 @@ def test_an_adapter_s_state_is_that_of_the_file(kind, base, documents):
     file = base.with_name("state.pth" if kind == "wkv" else "state.rwkv-flow.pth")
     one = Subject(base, BYTES, adapter=path)
     other = Subject(base.with_name("merged.pth"), BYTES, state=file)
-    assert one.has_state and other.has_state
+    assert one.has_state
+    assert other.has_state
     np.testing.assert_allclose(nats(one, documents), nats(other, documents), rtol=2e-5)
     np.testing.assert_array_equal(one.score(documents, **SIZES).tokens, documents.sizes - 1)
     sampling = Sampling(max_tokens=6, temperature=0, top_p=1, seed=0)
