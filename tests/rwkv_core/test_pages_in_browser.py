@@ -178,6 +178,12 @@ def test_words_of_others_are_read_and_do_nothing(reports, open_page):
         assert escape.visible(words) in prompt
 
 
+def test_a_text_that_begins_with_a_line_end_keeps_it(open_page, tmp_path):
+    report.write(tmp_path, evidence(samples=[{"prompt": "\n\nq", "base": "\na b c", "tuned": ""}]))
+    texts = open_page(tmp_path / "report.html").locator("pre").all_text_contents()
+    assert texts[:2] == ["\n\nq", "\na b c"]
+
+
 @pytest.fixture
 def server():
     """A server on this machine, and what it was asked for."""
