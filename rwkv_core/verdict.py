@@ -95,14 +95,16 @@ def measures(comparison: Mapping[str, Any]) -> list[Measure]:
             entries.items() if group != "sources" or len(entries) > 1 else ()
         ):  # one source is all there is
             change = entry["change"]
-            values = [entry["base"], entry["tuned"], change["value"], change["low"], change["high"]]
+            base, tuned = entry["base"], entry["tuned"]
             share = group in _SHARES or (
-                group in ("tasks", "lm_eval") and not _NO_SHARE.search(raw) and all(0 <= v <= 1 for v in values[:2])
+                group in ("tasks", "lm_eval")
+                and not _NO_SHARE.search(raw)
+                and 0 <= min(base, tuned) <= max(base, tuned) <= 1
             )
             found.append(
                 Measure(
-                    group, raw, name(group, raw), entry["items"], *values, entry["better"], entry["higher_is_better"],
-                    entry["items"] < FEWEST, share,
+                    group, raw, name(group, raw), entry["items"], base, tuned, change["value"], change["low"], change["high"],
+                    entry["better"], entry["higher_is_better"], entry["items"] < FEWEST, share,
                 )
             )  # fmt: skip
     return found
