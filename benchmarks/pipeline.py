@@ -21,8 +21,8 @@ LIBRARIES = {
     "prepare": "numpy, pyrwkv_tokenizer",
     "train": "torch, pytorch_lightning",
     "merge": "torch",
-    "evaluate": "torch, matplotlib.figure, jinja2",
-    "export": "torch, safetensors",
+    "evaluate": "torch, jinja2",
+    "export": "torch, safetensors, jinja2",
 }
 
 

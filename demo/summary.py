@@ -2,7 +2,7 @@
 
 import json
 
-from rwkv_core.report import verdict
+from rwkv_core.verdict import sentence
 from tasks import stage
 
 
@@ -10,7 +10,7 @@ def main() -> None:
     """Print it."""
     comparison = json.loads((stage.EVALUATE / "metrics.json").read_text(encoding="utf-8"))
     exported = json.loads((stage.EXPORT / "conformance.json").read_text(encoding="utf-8"))
-    print(f"\n{verdict(comparison)}\n")
+    print(f"\n{sentence(comparison).en}\n")
     print(f"report   {stage.EVALUATE / 'report.html'}   (open it in a browser)")
     print(f"adapter  {stage.ADAPTER}")
     print(f"models   {', '.join(str(stage.EXPORT / entry['file']) for entry in exported['formats'].values())}")

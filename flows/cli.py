@@ -142,6 +142,22 @@ def rollback() -> None:
 
 
 @app.command()
+def card(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Number, alias or beginning of the sha256 of a registered model; if none, this checkout's outputs."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A file to write it to, instead of printing it.")] = None,
+) -> None:
+    """Write a model's card for Hugging Face: what it is, how to load it, how it was trained and judged."""
+    from flows import registry
+
+    registry.card(Path.cwd(), model, out, lambda text: typer.echo(text, nl=False))
+
+
+@app.command()
 def lineage(
     model: Annotated[
         str, typer.Argument(help="A file; or number, alias or beginning of the sha256 of a registered model.")

@@ -5,7 +5,6 @@ What the training prints and writes is read; it does not know of this, and nothi
 
 import base64
 import contextvars
-import io
 import re
 import threading
 import time
@@ -19,7 +18,7 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
-from rwkv_core import report
+from rwkv_core import charts
 from tasks import mirror
 from tasks.record import main_root
 from tasks.tracking import RUNS
@@ -30,7 +29,6 @@ PROGRESS, CURVE = "training-progress", "loss-curve"
 _EVERY = 3.0  # seconds between two looks
 _PICTURE_EVERY = 60.0
 _LEAVE = 10.0
-_POINTS = 2000  # of a drawn curve
 _RUN = re.compile(r"; run ([0-9a-f]{16})$")
 _STEP = re.compile(r"^step \d+/(\d+) ")
 
@@ -124,9 +122,7 @@ class Progress:
         self._artifacts[key] = made.id
 
 
-def _picture(learned: report.Curve, held_out: report.Curve) -> str:
+def _picture(learned: charts.Curve, held_out: charts.Curve) -> str:
     """The curve, in Markdown: no server has to keep a file. One of type image would show its whole address too."""
-    figure = report.training_curve(*(curve[:: len(curve) // _POINTS + 1] for curve in (learned, held_out)))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100, facecolor="white")
-    return f"![loss](data:image/png;base64,{base64.b64encode(file.getvalue()).decode()})"
+    picture = charts.alone(charts.loss_curve(learned, held_out))
+    return f"![loss](data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()})"

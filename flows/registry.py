@@ -1,4 +1,4 @@
-"""`rwkvflow promote`, `rollback` and `lineage`, light to import."""
+"""`rwkvflow promote`, `rollback`, `lineage` and `card`, light to import."""
 
 import json
 from collections.abc import Callable
@@ -42,6 +42,34 @@ def rollback(root: Path, say: Say) -> None:
     run.reach(root)
     was, now = roll_back(root, params.load(), say)
     say(f"{was} was the champion; now version {now.number} ({now.key}) is, as before it: {now.model}")
+
+
+def card(root: Path, model: str | None, out: Path | None, say: Say) -> None:
+    """Write a model's card, or say it.
+
+    Args:
+        root: the checkout.
+        model: number, alias or hash of a version; None: of what lies in the checkout's outputs.
+        out: the file; None: it is said.
+        say: is given the card.
+    """
+    from rwkv_core.files import whole_file
+    from tasks import card as cards
+    from tasks import mirror, params, stage
+    from tasks.record import main_root
+    from tasks.registry import Registry
+
+    folder = root if model is None else Registry(main_root(root)).find(model).folder
+    conformance = mirror.read_json(folder / stage.EXPORT / "conformance.json")
+    merged = mirror.read_json(folder / stage.MERGED / "receipt.json").get("merged", {}).get("sha256")
+    if conformance.get("merged", {}).get("sha256") != merged:
+        conformance = {}  # of another model
+    text = cards.text(folder, conformance, params.load().export.card)
+    if out is None:
+        say(text)
+        return
+    with whole_file(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def lineage(root: Path, model: str, say: Say, *, rows: bool, as_json: bool) -> None:

@@ -1,9 +1,7 @@
 """The report that a pipeline run leaves in Prefect: what ran, what was measured, where the rest is."""
 
-import html
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +11,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 
 from flows.graph import Stage
+from rwkv_core.escape import markdown as markdown_of
+from rwkv_core.escape import table
 from tasks.mirror import RUN_TAG
 from tasks.mlflow_run import without_password
 from tasks.record import FILE, circumstances
@@ -34,7 +34,7 @@ def markdown(stages: Sequence[Stage], states: Mapping[str, State[object]], exper
     """States and metrics as tables, the commit and the experiment, and where MLflow has the runs."""
     parts = [
         *([] if experiment is None else [f"DVC experiment: `{experiment}`"]),
-        _table(("stage", "state", ""), [(s.name, *_state(states[s.name])) for s in stages]),
+        table(("stage", "state", ""), [(s.name, *_state(states[s.name])) for s in stages]),
         *(_metrics(path) for stage in stages for path in stage.metrics if path.is_file()),
         *_data(),
         f"Git commit: {_commit()}",
@@ -56,9 +56,9 @@ def _metrics(path: Path) -> str:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        return _text(f"{path.name}: is not JSON: {error}")
+        return markdown_of(f"{path.name}: is not JSON: {error}")
     name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return _table((str(name), "value"), list(_rows(values)))
+    return table((str(name), "value"), list(_rows(values)))
 
 
 def _data() -> Iterator[str]:
@@ -68,9 +68,9 @@ def _data() -> Iterator[str]:
         lengths, lints = manifest["train"]["lengths"], manifest["lints"]
     except (OSError, ValueError, KeyError):
         return
-    yield _table(("tokens up to", "documents"), [(most, str(count)) for most, count in lengths.items()])
+    yield table(("tokens up to", "documents"), [(most, str(count)) for most, count in lengths.items()])
     if lints:
-        yield _table(("likely wrong", "rows"), [(code, str(count)) for code, count in lints.items()])
+        yield table(("likely wrong", "rows"), [(code, str(count)) for code, count in lints.items()])
     page = (PREVIEW / "preview.html").absolute()
     if page.is_file():
         yield f"What is learned, token by token: `{page}`"
@@ -84,20 +84,6 @@ def _rows(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, f"{values:.6g}"
     else:
         yield prefix, str(values)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return _text(" ".join(text.split()))
-
-
-def _text(words: str) -> str:
-    """Words as markdown that shows just them: what a file is called, or a stage says in its last line, is no markup."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(words, quote=False))
 
 
 def _commit() -> str:
@@ -122,5 +108,5 @@ def _run_link(tracking: str, shown: str) -> str:
             page = (
                 f"{shown.rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}{_TRAINING_VIEW}"
             )
-            return f"[{_text(found.info.run_name or 'run')}]({page})"
+            return f"[{markdown_of(found.info.run_name or 'run')}]({page})"
     return f"[all runs]({shown})"

@@ -1,132 +1,219 @@
-"""The evaluation as one page that needs no server and no network, and its pictures as files."""
+"""The evaluation as one page that needs no server and no network; the same in markdown, and its pictures as files."""
 
-import io
-from collections.abc import Mapping, Sequence
+import csv
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from markupsafe import Markup
 
-from rwkv_core import page
+from rwkv_core import charts, escape, page, verdict
+from rwkv_core.charts import Array, Curve
 from rwkv_core.files import whole_file
+from rwkv_core.texts import LANGUAGES, TEXTS, Text
+from rwkv_core.verdict import Measure, Verdict
 
-Array = npt.NDArray[np.float64]
-Curve = Sequence[tuple[float, float]]
+Facts = Sequence[tuple[Text, Sequence[tuple[Text, object]]]]
+"""Tables: each its title, and rows of a name and a value; a value that differs by language is a `Text`."""
 
-BASE, TUNED, LINE = "#8a8f98", "#2f7ed8", "#e0803c"
-"""Colours that read on white and on black."""
-
-
-def training_curve(train: Curve, valid: Curve) -> Any:
-    """Loss by optimizer step: each step faintly, their running mean, and the held-out loss where it was measured."""
-    figure, axes = _figure()
-    if train:
-        steps, losses = np.array(train).T
-        axes.plot(steps, losses, color=TUNED, alpha=0.25, linewidth=1)
-        axes.plot(steps, _smooth(losses), color=TUNED, linewidth=2, label="training (running mean)")
-    if valid:
-        axes.plot(*np.array(valid).T, color=LINE, marker="o", markersize=4, linewidth=1.5, label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
-    axes.legend(frameon=False)
-    return figure
+_SHARED = 0.2
+"""Of the longer text: if less is in both, marking the rest would say nothing."""
+_WORDS = 2
+"""That stand together in both texts: fewer are no agreement."""
+_LONGEST = 6000
+"""Characters up to which two texts are compared."""
 
 
-def _smooth(values: Array) -> Array:
-    """Exponential running mean over about a twentieth of the values, unbiased at the start."""
-    keep = 1 - 1 / max(len(values) / 20, 1)
-    total = weight = 0.0
-    out = np.empty_like(values)
-    for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1
-        out[i] = total / weight
-    return out
+class Evidence(NamedTuple):
+    """What a report is made of."""
+
+    comparison: Mapping[str, Any]
+    """metrics.json."""
+    train: Curve
+    """Loss by step."""
+    valid: Curve
+    """Held-out loss by step."""
+    positions: Sequence[Mapping[str, float]]
+    """positions.csv; empty where it was not measured."""
+    documents: tuple[Array, Array]
+    """Loss of each held-out document with the base and with the tuned model. (D,) nats a token each."""
+    samples: Sequence[Mapping[str, str]]
+    """{"prompt", "base", "tuned"} each."""
+    facts: Facts
+    """Data, model, training."""
+    lineage: Sequence[tuple[Text, object]]
+    """Hashes of what it came from."""
+    cost: Mapping[str, Any] | None = None
+    """Of the training: {"steps", "tokens", "seconds", "bytes"}."""
 
 
-def document_change(base: Array, tuned: Array) -> Any:
-    """Each held-out document: its loss with the base against its loss with the tuned model. (D,) nats a token each."""
-    figure, axes = _figure()
-    low, high = min(base.min(), tuned.min()), max(base.max(), tuned.max())
-    axes.plot([low, high], [low, high], color=BASE, linewidth=1, linestyle="--", label="no change")
-    axes.scatter(base, tuned, s=12, color=TUNED, alpha=0.6, linewidths=0, label=f"{len(base)} documents")
-    axes.set(xlabel="loss with the base", ylabel="loss with the tuned model", aspect="equal")
-    axes.legend(frameon=False)
-    return figure
+class Row(NamedTuple):
+    """A measure, ready to be shown."""
+
+    measure: Measure
+    bars: Markup
 
 
-def _figure() -> tuple[Any, Any]:
-    # The object interface, not pyplot: nothing is global, and no display is looked for.
-    from matplotlib.figure import Figure
+def write(folder: Path, evidence: Evidence) -> Text:
+    """Write report.html, report.md, report.zh.md, measures.csv, and the pictures as .svg files, into a folder that is there.
 
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    for part in ("top", "right"):
-        axes.spines[part].set_visible(False)
-    for part in ("left", "bottom"):
-        axes.spines[part].set_color(BASE)
-    axes.tick_params(colors=BASE)
-    axes.xaxis.label.set_color(BASE)
-    axes.yaxis.label.set_color(BASE)
-    axes.grid(alpha=0.15, color=BASE)
-    return figure, axes
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure as .png on white; the bytes depend on the figure alone."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib as mpl
-
-    text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "rwkv-flow", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        for legend in (axes.get_legend() for axes in figure.axes):
-            for label in legend.get_texts() if legend else ():
-                label.set_color(BASE)
-        figure.savefig(
-            text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def write(
-    path: Path,
-    *,
-    comparison: Mapping[str, Any],
-    pictures: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
-    facts: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write the page.
-
-    Args:
-        path: the .html file.
-        comparison: of `evaluate.compare`.
-        pictures: figures by their caption.
-        samples: {"prompt", "base", "tuned"} each.
-        facts: tables by their title: data, model, settings.
+    Returns:
+        The result in a sentence.
     """
+    found = verdict.judge(evidence.comparison, list(evidence.valid), evidence.cost)
+    rows = verdict.measures(evidence.comparison)
+    drawn = pictures(evidence)
     page.write(
-        path,
+        folder / "report.html",
         "rwkv_core",
         "report.html.j2",
-        c=comparison,
-        verdict=verdict(comparison),
-        pictures={c: _svg(f) for c, f in pictures.items()},
-        samples=samples,
-        facts=facts,
+        t=TEXTS,
+        c=evidence.comparison,
+        confidence=f"{evidence.comparison['confidence']:.0%}",
+        verdict=found,
+        groups=[(group, list(of)) for group, of in groupby(_rows(rows), lambda row: row.measure.group)],
+        pictures=drawn,
+        samples=[_sample(one) for one in evidence.samples],
+        facts=evidence.facts,
+        lineage=evidence.lineage,
+        chart_style=Markup(files("rwkv_core").joinpath("charts.css").read_text(encoding="utf-8")),
+        code=_code,
+        text=lambda value: value if isinstance(value, Text) else escape.name(value),
     )
+    for name, chart, _ in drawn:
+        with whole_file(folder / f"{name}.svg") as temporary:
+            temporary.write_text(charts.alone(chart), encoding="utf-8")
+    with whole_file(folder / "measures.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["group", "measure", "items", "base", "tuned", "change", "low", "high", "better"])
+        for m in rows:
+            numbers = (format(x, ".9g") for x in (m.base, m.tuned, m.value, m.low, m.high))
+            table.writerow([TEXTS[m.group].en, m.name.en, m.items, *numbers, m.better])
+    for language, name in zip(LANGUAGES, ("report.md", "report.zh.md"), strict=True):
+        with whole_file(folder / name) as temporary:
+            words = "\n\n".join(_markdown(evidence, found, rows, LANGUAGES.index(language)))
+            temporary.write_text(words + "\n", encoding="utf-8")
+    return found.sentence
 
 
-def verdict(comparison: Mapping[str, Any]) -> str:
-    """The result in a sentence."""
-    change = comparison["change"]["loss"]
-    word = {1: "better than", -1: "worse than", 0: "not distinguishable from"}[comparison["better"]]
-    base, tuned = comparison["base"]["loss"], comparison["tuned"]["loss"]
+def pictures(evidence: Evidence) -> list[tuple[str, Markup, Text]]:
+    """Each picture: its name, itself, and what it shows."""
+    base, tuned = evidence.documents
+    below = int(np.count_nonzero(tuned < base))
+    return [
+        ("loss_curve", charts.loss_curve(evidence.train, evidence.valid), TEXTS["loss_curve_words"]),
+        ("positions", charts.by_position(evidence.positions), TEXTS["positions_words"]),
+        ("documents", charts.by_document(base, tuned), TEXTS["documents_words"](below=below, count=len(base))),
+    ]
+
+
+def parted(base: str, tuned: str) -> tuple[list[tuple[bool, str]], list[tuple[bool, str]]] | None:
+    """Both texts in pieces, each with whether it is in this one only; None if they share too little to tell."""
+    one, other = (
+        re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|[^\w\s]", x)
+        for x in (base, tuned)
+    )
+    if max(len(base), len(tuned)) > _LONGEST:
+        return None
+    blocks = [
+        block
+        for block in difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
+        if sum(not word.isspace() for word in one[block.a : block.a + block.size]) >= _WORDS or one == other
+    ]
+    shared = sum(len(word) for block in blocks for word in one[block.a : block.a + block.size])
+    if not shared or shared < _SHARED * max(len(base), len(tuned)):
+        return None
     return (
-        f"On {comparison['documents']} held-out documents the tuned model is {word} its base: the loss goes from "
-        f"{base:.4f} to {tuned:.4f} nats a token, a change of {change['value']:+.4f} "
-        f"({comparison['confidence']:.0%} interval {change['low']:+.4f} to {change['high']:+.4f})."
+        list(_pieces(one, [(block.a, block.size) for block in blocks])),
+        list(_pieces(other, [(block.b, block.size) for block in blocks])),
     )
+
+
+def _sample(sample: Mapping[str, str]) -> dict[str, Any]:
+    both = [sample["base"], sample["tuned"]]
+    base, tuned = parted(*both) or [[(False, text)] if text else [] for text in both]
+    return {"prompt": sample["prompt"], "base": base, "tuned": tuned}
+
+
+def _code(text: Text) -> Markup:
+    """One of our own texts, with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(text.__html__())))  # Markup would escape the tags
+
+
+def _pieces(words: list[str], shared: list[tuple[int, int]]) -> Iterator[tuple[bool, str]]:
+    at = 0
+    for start, size in (*shared, (len(words), 0)):
+        if start > at:
+            yield True, "".join(words[at:start])
+        if size:
+            yield False, "".join(words[start : start + size])
+        at = start + size
+
+
+def _rows(measures: Sequence[Measure]) -> Iterator[Row]:
+    """Bars of shares have the whole for their length; others the greatest value of their group, or their own."""
+    for m in measures:
+        alike = [
+            each for each in measures if each.group == m.group and not each.share and m.group in ("sources", "general")
+        ]
+        most = 1.0 if m.share else max(max(each.base, each.tuned, each.base + each.high) for each in (alike or [m]))
+        yield Row(m, charts.bars(m.base, m.tuned, m.low, m.high, most))
+
+
+def _markdown(evidence: Evidence, found: Verdict, rows: Sequence[Measure], language: int) -> Iterator[str]:
+    """The report's parts, in one language."""
+
+    def say(text: object) -> str:
+        return text[language] if isinstance(text, Text) else escape.name(text)
+
+    def words(text: object) -> str:
+        return escape.markdown(say(text))
+
+    t = {name: text[language] for name, text in TEXTS.items()}
+    yield f"# {t['title']}"
+    yield f"**{words(found.headline)}**"
+    yield words(found.sentence)
+    if found.points:
+        yield "\n".join(f"- {words(text)}" for _, text in found.points)
+    if found.unmeasured:
+        yield f"{t['unmeasured']}: {', '.join(map(words, found.unmeasured))}."
+    yield f"## {t['next']}"
+    yield "\n".join(f"- {say(text)}" for text in found.advice)
+    yield f"## {t['measures']}"
+    interval = TEXTS["interval"](confidence=f"{evidence.comparison['confidence']:.0%}")
+    header = [*(t[name] for name in ("measure", "base", "tuned", "change")), say(interval), t["count"], t["verdict"]]
+    yield escape.table(header, [[say(cell) for cell in _cells(m)] for m in rows])
+    yield t["interval_words"]
+    if evidence.positions:
+        yield f"## {t['positions']}"
+        header = [*(t[name] for name in ("position", "tokens", "base", "tuned", "change")), say(interval)]
+        yield escape.table(header, [[say(cell) for cell in _position(row)] for row in evidence.positions])
+    yield f"## {t['samples']}"
+    for sample in evidence.samples:
+        yield escape.fenced(sample["prompt"])
+        for name in ("base", "tuned"):
+            yield f"{t[name]}:\n\n{escape.fenced(sample[name])}"
+    if not evidence.samples:
+        yield t["no_samples"]
+    yield f"## {t['made_of']}"
+    for title, table in (*evidence.facts, (TEXTS["lineage"], evidence.lineage)):
+        yield escape.table([say(title), ""], [[say(name), say(value)] for name, value in table])
+
+
+def _cells(m: Measure) -> Iterator[object]:
+    heading = Text(*(f"{group}: {name}" for group, name in zip(TEXTS[m.group], m.name, strict=True)))
+    yield from (heading, m.shown(m.base), m.shown(m.tuned), m.shown(m.value, change=True))
+    yield TEXTS["range"](low=m.shown(m.low, change=True), high=m.shown(m.high, change=True))
+    yield from (f"{m.items:,}", TEXTS[m.verdict])
+
+
+def _position(row: Mapping[str, float]) -> Iterator[object]:
+    yield f"{row['from']:g}–{row['to']:g}"
+    yield f"{row['tokens']:,.0f}"
+    yield from (f"{row['base_loss']:.4f}", f"{row['tuned_loss']:.4f}", f"{row['change']:+.4f}")
+    yield TEXTS["range"](low=f"{row['low']:+.4f}", high=f"{row['high']:+.4f}")

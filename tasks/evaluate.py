@@ -1,10 +1,9 @@
 """evaluate: base and tuned model score the same held-out documents; a page says what came of it."""
 
-import csv
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rwkv_core.data.binidx import Documents
 from rwkv_core.data.whole import Source, whole
 from rwkv_core.errors import InputError
 from rwkv_core.evaluation import held_out
-from rwkv_core.evaluation.held_out import Scores
 from rwkv_core.evaluation.judge import Judged, Texts, compare, judge, write_documents, write_positions
 from rwkv_core.evaluation.store import Store
 from rwkv_core.evaluation.subject import Subject
@@ -23,6 +21,7 @@ from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.tokenizer import named
 from tasks import stage, tracking
+from tasks.evidence import evidence
 from tasks.params import Params, load
 from tasks.record import main_root
 
@@ -93,18 +92,9 @@ def evaluate() -> None:
         write_json(out / "receipt.json", receipt)
         write_documents(out / "documents.csv", base, tuned, on.sources)
         write_positions(out / "positions.csv", held_out.by_position(base, tuned, **draws))
-        pictures = _pictures(base, tuned)
-        for (_, figure), file in zip(pictures.items(), ("loss_curve.png", "documents.png"), strict=True):
-            report.save_picture(figure, out / file)
-        report.write(
-            out / "report.html",
-            comparison=comparison,
-            pictures=pictures,
-            samples=samples,
-            facts=_facts(params, receipt),
-        )
+        sentence = report.write(out, evidence(Path.cwd(), out))
     tracking.publish(Path.cwd(), params.tracking)
-    print(f"{report.verdict(comparison)} The report is {stage.EVALUATE / 'report.html'}")
+    print(f"{sentence.en} The report is {stage.EVALUATE / 'report.html'}")
 
 
 def store(root: Path) -> Store:
@@ -153,74 +143,6 @@ def _samples(subject: Subject, prompts: list[str], params: Params) -> list[str]:
         max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=params.seed
     )
     return [text for text, _ in subject.texts(prompts, sampling, ctx_len=settings.ctx_len, batch=settings.batch)]
-
-
-def _pictures(base: Scores, tuned: Scores) -> dict[str, Any]:
-    scored = base.tokens > 0
-    train, valid = (_read_curve(stage.TRAIN / name) for name in ("history.csv", "valid.csv"))
-    return {
-        "Loss during training.": report.training_curve(train, valid),
-        "Every held-out document, in nats a token; below the line is better.": report.document_change(
-            *(one.nats[scored] / one.tokens[scored] for one in (base, tuned))
-        ),
-    }
-
-
-def _read_curve(path: Path) -> list[tuple[float, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-
-
-def _words(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers with their names, and switches that are on."""
-    for name, value in settings.items():
-        word = name.replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _words(value)
-        elif value is True:
-            yield word
-        elif value is not False:
-            yield f"{word} {value:g}" if isinstance(value, int | float) else f"{word} {value}"
-
-
-def _facts(params: Params, receipt: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
-    adapter, train = params.adapter, params.train
-    settings = adapter.model_dump(exclude={"kind", "targets", "also", "layers", "state", "load", "load_init"})
-    trained = [*getattr(adapter, "targets", ()), *adapter.also]
-    trained += [f"the initial state ({adapter.state})"] if adapter.state != "none" else []
-    tuned = receipt["tuned"]
-    mounted = {"mounted state sha256": tuned["state_sha256"][:16]} if "state_sha256" in tuned else {}
-    return {
-        "Data": {
-            "source": manifest["source"]["path"],
-            "rows": manifest["source"]["rows"],
-            "training": f"{manifest['train']['documents']} documents, {manifest['train']['tokens']} tokens",
-            "held out": f"{manifest['valid']['documents']} documents, {manifest['valid']['tokens']} tokens",
-            "split by": manifest["holdout"]["group"] or "text",
-        },
-        "Model": {
-            "base": params.model.base,
-            "base sha256": receipt["base"]["sha256"][:16],
-            "tuned sha256": tuned["sha256"][:16],
-            **mounted,
-        },
-        "Training": {
-            "method": ", ".join([adapter.kind, *_words(settings)]),
-            "trained": f"{', '.join(trained)}; layers: {adapter.layers}",
-            "frozen matrices kept in": "full" if params.model.quantize == "none" else params.model.quantize,
-            "begun from": adapter.load or "the method's own values",
-            "length": next(
-                f"{value:g} {name}"
-                for name in ("epochs", "steps", "tokens")
-                if (value := getattr(train, name)) is not None
-            ),
-            "rows": ", ".join((train.rows, *(["state carried"] if train.carry_state else []), train.order)),
-            "tokens a step": train.ctx_len * train.micro_batch * train.accumulate,
-            "learning rate": f"{train.optimizer.lr:g} to {train.optimizer.lr_final:g}, {train.optimizer.schedule}",
-            "seed": params.seed,
-        },
-    }
 
 
 if __name__ == "__main__":

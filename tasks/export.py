@@ -4,16 +4,17 @@ from pathlib import Path
 
 from rwkv_core.export import export as export_files
 from rwkv_core.files import whole_folder, write_json
-from tasks import stage, tracking
+from tasks import card, stage, tracking
 from tasks.params import load
 
 
 def export() -> None:
-    """outputs/merged -> outputs/export: model.pth, model.st, conformance.json; of a tuned state, state.pth and model.state."""
+    """outputs/merged -> outputs/export: model.pth, model.st, conformance.json, README.md; a tuned state's too."""
     params = load()
     with whole_folder(stage.EXPORT) as out:
         report = export_files(stage.MODEL, out, params.export.formats, params.export.dtype, stage.mounted())
         write_json(out / "conformance.json", report)
+        (out / card.NAME).write_text(card.text(Path(), report, params.export.card), encoding="utf-8")
     tracking.publish(Path.cwd(), params.tracking)
     entries = [
         *report["formats"].values(),

@@ -222,8 +222,8 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
             "*.jsonl",
         ),
         "merged": ("receipt.json",),
-        "evaluate": ("receipt.json", "metrics.json", "report.html", "samples.json", "*.csv", "*.png", "*.svg"),
-        "export": ("conformance.json",),
+        "evaluate": ("receipt.json", "metrics.json", "report.html", "report*.md", "samples.json", "*.csv", "*.svg"),
+        "export": ("conformance.json", "README.md"),
     }
     found = {f"pipeline/{file}": root / file for file in ("params.yaml", "dvc.yaml", "dvc.lock")}
     for part in parts:

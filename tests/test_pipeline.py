@@ -119,7 +119,7 @@ def test_experiments_are_run_and_compared(project):
 def test_the_curves_can_be_drawn(project):
     project.dvc("plots", "show", "--out", "page")
     page = (project.root / "page" / "index.html").read_text()
-    for title in ("Loss", "Held-out documents", "Documents by length"):
+    for title in ("Loss", "Held-out documents", "Loss by position", "Measures", "Documents by length"):
         assert title in page
 
 

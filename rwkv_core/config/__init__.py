@@ -19,6 +19,7 @@ from rwkv_core.config.model import (
 )
 from rwkv_core.config.result import (
     AnswersConfig,
+    CardConfig,
     EvaluateConfig,
     ExportConfig,
     LmEvalConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "AnswersConfig",
     "BatConfig",
     "BoneConfig",
+    "CardConfig",
     "Column",
     "Config",
     "ContextConfig",

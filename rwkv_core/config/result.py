@@ -99,6 +99,22 @@ class EvaluateConfig(Config):
     samples: SampleConfig
 
 
+class CardConfig(Config):
+    """What only its owner can say of a model, for its card."""
+
+    license: str | None
+    """Under which it may be used, by Hugging Face's name: apache-2.0, cc-by-nc-4.0, ... null: the card names none."""
+
+    languages: tuple[str, ...]
+    """It was tuned for, by their ISO 639-1 codes: en, zh, ... Empty: the card names none."""
+
+    base_model: str | None
+    """The base's name on Hugging Face: BlinkDL/rwkv7-g1, ... null: that of BlinkDL's release, if its file is named as one."""
+
+    datasets: tuple[str, ...]
+    """Names on Hugging Face of the data it was tuned on. Empty: the card names the source's file alone."""
+
+
 class ExportConfig(Config):
     """Which files to make for which clients."""
 
@@ -107,6 +123,8 @@ class ExportConfig(Config):
 
     dtype: Literal["as_loaded", "bf16", "fp16", "fp32"]
     """Precision of the .pth file."""
+
+    card: CardConfig
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

@@ -65,8 +65,8 @@ def test_progress_and_curve_are_changed_in_place(
     assert last[progress.PROGRESS].data == 100
     assert last[progress.PROGRESS].description.startswith("step 10 of 10, loss 3.0000, 1000 tokens/s, ")
     head, _, body = str(last[progress.CURVE].data).partition(",")
-    assert head == "![loss](data:image/png;base64"
-    assert base64.b64decode(body.removesuffix(")")).startswith(b"\x89PNG")
+    assert head == "![loss](data:image/svg+xml;base64"
+    assert base64.b64decode(body.removesuffix(")")).startswith(b"<svg ")
 
 
 def test_a_server_that_is_away_disturbs_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch):

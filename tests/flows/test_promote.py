@@ -97,5 +97,13 @@ def test_the_command_line_needs_no_server(settings, checkout):
     assert "  aliases: champion, candidate\n" in said
     rows = [json.loads(line) for line in rwkvflow(checkout, "lineage", "champion", "--rows").stdout.splitlines()]
     assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in dialogues(60, 2, shuffled=0))
+    card = rwkvflow(checkout, "card", "champion").stdout
+    assert card.startswith("---\n")
+    assert "fine-tuned from base.pth on corpus.jsonl" in card
+    assert checkout.registry.find("2").merged in card
+    assert str(checkout.root) not in card
+    assert rwkvflow(checkout, "card", "2", "--out", "README.md").stdout == ""
+    assert (checkout.root / "README.md").read_text() == card
+    assert "7: no file and no registered version has this name" in rwkvflow(checkout, "card", "7").stderr
     steps = json.loads(rwkvflow(checkout, "lineage", "2", "--json").stdout)
     assert steps["adapters"][0]["training"]["params"]["evaluate"]["resamples"] == 500

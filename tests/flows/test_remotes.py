@@ -185,8 +185,12 @@ def test_the_plots_show_experiments_over_each_other(queued, tmp_path):
         spec = plot["content"] if isinstance(plot["content"], dict) else json.loads(plot["content"])
         drawn[name] = vl_convert.vegalite_to_svg(spec, vl_version="5.20")
         (tmp_path / f"{name}.svg").write_text(drawn[name])
-    assert set(drawn) == {"loss", "documents", "lengths"}
-    for name, title in (("loss", "Loss"), ("documents", "Held-out documents"), ("lengths", "Documents by length")):
+    titles = {
+        "loss": "Loss", "documents": "Held-out documents", "positions": "Loss by position", "measures": "Measures",
+        "lengths": "Documents by length",
+    }  # fmt: skip
+    assert set(drawn) == set(titles)
+    for name, title in titles.items():
         assert f">{title}<" in drawn[name]
         for experiment in ("workspace", "narrow", "wide"):
             assert f">{experiment}<" in drawn[name]
@@ -195,6 +199,9 @@ def test_the_plots_show_experiments_over_each_other(queued, tmp_path):
     assert drawn["loss"].count('aria-roledescription="point"') == 3 * held_out
     assert drawn["documents"].count('aria-roledescription="circle"') == 3 * documents
     assert drawn["documents"].count('aria-roledescription="line mark"') == 1  # the diagonal
+    assert drawn["measures"].count('aria-roledescription="point"') == 3 * (
+        len(table(queued, "evaluate/measures.csv")) - 1
+    )  # less perplexity
     assert drawn["lengths"].count('aria-roledescription="bar"') == 3 * len(table(queued, "data/lengths.csv"))
 
 

@@ -75,8 +75,10 @@ def test_evaluate_compares_and_reports(done):
     assert metrics["change"]["loss"]["low"] < metrics["change"]["loss"]["value"] < metrics["change"]["loss"]["high"] < 0
     page = (done.root / "outputs/evaluate/report.html").read_text()
     assert "better than" in page
-    assert page.count("<svg") == 2
-    assert "http" not in page.replace("http://www.w3.org/", "")
+    assert page.count('class="chart"') == 3
+    assert "://" not in page
+    for words in ("better than", "mine/corpus.jsonl", f"{done.json('outputs/train/metrics.json')['steps']} steps"):
+        assert str(words) in (done.root / "outputs/evaluate/report.md").read_text()
     assert len(done.json("outputs/evaluate/samples.json")) == 1
     measures = metrics["measures"]
     assert measures["answers"].keys() == {"exact_match", "f1"}
@@ -148,6 +150,16 @@ def test_export_writes_what_it_checked(done):
     assert set(report) == {"pth", "st"}
     merged, exported = (checkpoint.read(done.root / f"outputs/{p}/model.pth") for p in ("merged", "export"))
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
+
+
+def test_the_export_has_a_card_without_a_place_on_this_machine(done):
+    text = (done.root / "outputs/export/README.md").read_text()
+    assert text.startswith("---\nlibrary_name: ")
+    assert "fine-tuned from base.pth on corpus.jsonl" in text
+    assert done.json("outputs/merged/receipt.json")["base"]["sha256"] in text
+    assert f"| {done.json('outputs/evaluate/metrics.json')['documents']} | better |" in text
+    assert "mine/" not in text
+    assert str(done.root) not in text
 
 
 STATE = {"kind": "state", "state": "wkv", "layers": "all", "also": [], "load": None}
