@@ -17,7 +17,7 @@ from torch import Tensor, serialization
 from rwkv_core import memory
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
-from rwkv_core.formats import container, huggingface, order, parts, web_rwkv
+from rwkv_core.formats import container, gguf, huggingface, order, parts, web_rwkv
 
 Dtype = Literal["as_loaded", "bf16", "fp16", "fp32"]
 
@@ -44,6 +44,8 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: nothing is there, a part is missing, it is cut short, damaged or no checkpoint, or would run code.
     """
+    if path.suffix == gguf.SUFFIX:
+        return {name: make() for name, make in gguf.lazily(path).items()}
     files, promised = parts.find(path)
     tensors: dict[str, Tensor] = {}
     ordered = len(files) == 1 and files[0].suffix not in container.SAFETENSORS

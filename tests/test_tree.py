@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
-        "rich", "matplotlib", "jinja2", "bitsandbytes", "deepspeed", "peft", "filelock", "pyarrow", "huggingface_hub",
+        "rich", "matplotlib", "jinja2", "bitsandbytes", "deepspeed", "peft", "gguf", "filelock", "pyarrow", "huggingface_hub",
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",

@@ -78,6 +78,13 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def mapped(path: Path, size: int = 0) -> mmap.mmap:
+    """A file's bytes, or the first `size` of them, without memory set aside for what may be written to them."""
+    with path.open("rb") as file:
+        flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), size, flags=flags, prot=prot)
+
+
 @contextlib.contextmanager
 def _mapped_unreserved() -> Iterator[None]:
     """Within, torch maps files without memory set aside for what may be written to them.
@@ -90,10 +97,7 @@ def _mapped_unreserved() -> Iterator[None]:
     def from_file(filename: str, shared: bool = False, nbytes: int = 0) -> Any:
         if shared:
             return own(filename, shared, nbytes)
-        with Path(filename).open("rb") as file:
-            flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            content = mmap.mmap(file.fileno(), nbytes, flags=flags, prot=prot)
-        return torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+        return torch.frombuffer(mapped(Path(filename), nbytes), dtype=torch.uint8).untyped_storage()
 
     with _patching:
         torch.UntypedStorage.from_file = from_file  # type: ignore[method-assign]
