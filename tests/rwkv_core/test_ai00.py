@@ -1,4 +1,4 @@
-"""By web-rwkv's rule, written down here once more: W + alpha / rank * lora.1 times lora.0 turned around; vectors are replaced."""
+"""By web-rwkv's rule, written down here once more: W + alpha / rank * lora.1 times lora.0 turned around; vectors replace."""
 
 import json
 import re
@@ -66,13 +66,13 @@ def test_alpha_is_that_of_the_training_where_the_rank_is(tmp_path):
     assert ai00.export(golden.FOLDER / "own-rslora.pth", tmp_path)["alpha"] == golden.ALPHA * golden.RANK**0.5
 
 
-def changed(tmp_path, *, quantize="none", **more):
+def changed(tmp_path, *, quantize="none", adapter=None, **more):
+    """The LoRA with other settings or further tensors, in a file of its own."""
     tensors, record = file.read(golden.FOLDER / "own-lora.pth")
-    settings = record.adapter.model_copy(update=more.pop("adapter", {}))
-    file.write(
-        tmp_path / "changed.pth", tensors | more, record.model_copy(update={"quantize": quantize, "adapter": settings})
-    )
-    return tmp_path / "changed.pth"
+    about = {"quantize": quantize, "adapter": record.adapter.model_copy(update=adapter or {})}
+    path = tmp_path / f"changed-{len(list(tmp_path.iterdir()))}.pth"
+    file.write(path, tensors | more, record.model_copy(update=about))
+    return path
 
 
 def test_a_rank_that_shaders_cannot_read_is_filled_up(tmp_path):
