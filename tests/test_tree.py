@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
-        "rich", "jinja2", "markupsafe", "bitsandbytes", "deepspeed", "peft", "filelock", "pyarrow", "huggingface_hub",
+        "rich", "jinja2", "markupsafe", "bitsandbytes", "deepspeed", "peft", "gguf", "filelock", "pyarrow", "huggingface_hub",
         "lm_eval",
     },
     "tasks": {

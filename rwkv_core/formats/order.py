@@ -6,8 +6,9 @@ RWKV-7, that of the released files.
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
-from torch import Tensor
+T = TypeVar("T")
 
 _OUTSIDE = ("emb", "blocks", "ln_out", "head")
 _BLOCK = ("ln1", "ln2", "ln0", "att", "ffn")
@@ -29,8 +30,8 @@ _CHANNEL = (
 _NAME = re.compile(r"blocks\.(\d+)\.(\w+)\.(\w+)(.*)")
 
 
-def official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, in the order that the official file of such a model has; unknown ones last."""
+def official(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The same tensors, or what stands for them, in the order that the official file of such a model has; unknown ones last."""
     time_mix = _MIX_5 if any(".att.ln_x." in name for name in tensors) else _MIX_4
 
     def place(name: str) -> tuple[int | str, ...]:
