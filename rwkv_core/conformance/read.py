@@ -1,0 +1,47 @@
+"""Which reader reads a file."""
+
+from pathlib import Path
+
+from rwkv_core.conformance import fla, gguf_file, pth, web_rwkv
+from rwkv_core.conformance.contents import Contents, Unreadable
+
+FORMATS = ("pth", "st", "gguf", "hf")
+
+
+def form(path: Path) -> str:
+    """The format of a model's file, by what it is called.
+
+    Raises:
+        Unreadable: there is no reader for it.
+    """
+    if path.is_dir():
+        return "hf"
+    found = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".st": "st", ".state": "st", ".gguf": "gguf"}.get(path.suffix)
+    if found is None and path.suffix == ".safetensors":
+        return "hf" if path.with_name("config.json").is_file() else "st"
+    if found is None:
+        raise Unreadable(f"{path.suffix or path.name} is no format that clients of RWKV read: .pth, .st, .gguf, a folder")
+    return found
+
+
+def read(path: Path, lora: tuple[Path, float] | None = None) -> Contents:
+    """A model's file, as clients of its format find it.
+
+    Args:
+        path: the file or folder.
+        lora: for web-rwkv: a LoRA's file, and the alpha that its recipe says.
+
+    Raises:
+        Unreadable: they would not load it.
+    """
+    made = {"pth": pth.read, "st": web_rwkv.read, "gguf": gguf_file.read, "hf": fla.read}[form(path)](path)
+    return made if lora is None else web_rwkv.with_lora(made, *lora)
+
+
+def read_state(path: Path) -> Contents:
+    """A tuned state's file, as its clients find it; rows are values.
+
+    Raises:
+        Unreadable: they would not load it.
+    """
+    return pth.read_state(path) if form(path) == "pth" else web_rwkv.read_state(path)
