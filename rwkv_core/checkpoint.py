@@ -3,7 +3,6 @@
 A .pth file is a dictionary of such tensors, and nothing else; `rwkv_core.formats` has the other forms.
 """
 
-import ctypes
 import math
 import mmap
 import pickle
@@ -19,10 +18,10 @@ from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
 from rwkv_core.formats import container, gguf, huggingface, order, parts, web_rwkv
 
-Dtype = Literal["as_loaded", "bf16", "fp16", "fp32"]
+About = container.About
+one_by_one = container.one_by_one
 
-About = Mapping[str, tuple[torch.Size, torch.dtype]]
-"""Names with shapes and dtypes, in a file's order."""
+Dtype = Literal["as_loaded", "bf16", "fp16", "fp32"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,16 +35,17 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, on the CPU, in their dtypes, mapped rather than loaded where possible.
 
     They are in the order of the .pth file, or of the official one where the form keeps none. Prefixes that trainers leave
-    before the names are removed.
+    before the names are removed. Of a .gguf, packed matrices come in float32, and others in the dtype that they have there.
 
     Args:
-        path: a .pth, .safetensors, web-rwkv's .st, a Hugging Face folder, or a part or the index or the folder of one in parts.
+        path: a .pth, .safetensors, web-rwkv's .st, llama.cpp's .gguf, a Hugging Face folder, or a part or the index or the
+            folder of one in parts.
 
     Raises:
         InputError: nothing is there, a part is missing, it is cut short, damaged or no checkpoint, or would run code.
     """
     if path.suffix == gguf.SUFFIX:
-        return {name: make() for name, make in gguf.lazily(path).items()}
+        return {name: part.make() for name, part in gguf.lazily(path).items()}
     files, promised = parts.find(path)
     tensors: dict[str, Tensor] = {}
     ordered = len(files) == 1 and files[0].suffix not in container.SAFETENSORS
@@ -61,6 +61,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if promised:
         some = ", ".join(sorted(promised)[:3])
         raise InputError(f"{path}: {some}", "the index has it, and no part does", "download the checkpoint again")
+    huggingface.restore(tensors, files[0].parent)
     extension = files[0].suffix
     if extension in container.SAFETENSORS and web_rwkv.is_one(tensors, extension):
         tensors = web_rwkv.to_official(tensors, path)
@@ -91,7 +92,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], dtype: Dtype = "as_loaded")
         return x.dtype if dtype == "as_loaded" or not x.is_floating_point() else DTYPES[dtype]
 
     about = {name: (x.shape, kind(x)) for name, x in tensors.items()}
-    write_each(path, about, (x.detach().cpu().to(kind(x)) for x in tensors.values()))
+    write_each(path, about, (x.detach().cpu().to(kind(x)) for _, x in one_by_one(tensors)))
 
 
 def write_each(path: Path, about: About, tensors: Iterable[Tensor]) -> None:
@@ -168,42 +169,29 @@ def convert(tensors: dict[str, Tensor], dtype: torch.dtype | None, device: str =
 
     What a mapped file had to bring into memory for a tensor is let go, so no second copy of the model is ever there.
     """
-    mapped = _mapped_files()
+    mapped = container.mapped_files()
     for name in list(tensors):
         x = tensors[name]
         tensors[name] = x.to(device=device, dtype=dtype or x.dtype)
         if tensors[name] is not x:
-            _let_go(x, mapped)
+            container.let_go(x, mapped)
 
 
-def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What `read` gave, a tensor at a time; what a mapped file had to bring into memory for one is let go before the next."""
-    mapped = _mapped_files()
-    for name, x in tensors.items():
-        yield name, x
-        _let_go(x, mapped)
+def each(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """What `read` gives, a tensor at a time: of a file of any form, never more than one of them is in memory.
 
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """Where in memory files are mapped, where Linux says it; else nowhere."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
-    regions = [line.split(maxsplit=5) for line in lines]
-    return [
-        (int(fields[0].split("-")[0], 16), int(fields[0].split("-")[1], 16))
-        for fields in regions
-        if len(fields) == 6 and fields[5].startswith("/") and not fields[1].endswith("s")  # privately, as torch maps
-    ]
-
-
-def _let_go(x: Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Give back the pages that only `x` is on. If it is read again, they come from the file again."""
-    page = mmap.PAGESIZE
-    begin, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
-    first, last = -(-begin // page) * page, end // page * page
-    if last > first and any(low <= begin and end <= high for low, high in mapped):
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    Raises:
+        InputError: as of `read`.
+    """
+    if path.suffix != gguf.SUFFIX:
+        yield from one_by_one(read(path))
+        return
+    held = gguf.lazily(path)
+    mapped = container.mapped_files()
+    for name, part in held.items():
+        yield name, part.make()
+        for source in part.sources:
+            container.let_go(source, mapped)
 
 
 def check_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
@@ -212,15 +200,17 @@ def check_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> No
     Raises:
         InputError: there is such a value.
     """
-    for name, x in tensors.items():
+    for name, x in one_by_one(tensors):
         if not x.is_floating_point() or not x.numel():
             continue
-        kind, largest = dtype or x.dtype, float(x.abs().max())  # NaN if there is one
+        kind = dtype or x.dtype
+        low, high = (float(value) for value in torch.aminmax(x))  # NaN if there is one
+        largest = high if math.isnan(high) or high >= -low else low
         if not math.isfinite(largest):
             raise InputError(
                 f"{name} has a value of {largest}", "all must be finite", "this model is broken: train it anew"
             )
-        if largest > torch.finfo(kind).max:
+        if abs(largest) > torch.finfo(kind).max:
             precision = str(kind).removeprefix("torch.")
             raise InputError(
                 f"{name} has a value of {largest:g}",

@@ -4,6 +4,8 @@ A file can hold no code that runs, and its tensors are mapped rather than loaded
 """
 
 import contextlib
+import ctypes
+import json
 import mmap
 import pickle
 import re
@@ -11,20 +13,33 @@ import struct
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_core import memory
 from rwkv_core.errors import InputError, WorldError
 
 SAFETENSORS = (".safetensors", ".st", ".state")
+About = Mapping[str, tuple[torch.Size, torch.dtype]]
+"""Names with shapes and dtypes, in a file's order."""
+
 SUFFIXES = (*SAFETENSORS, ".pth", ".pt", ".bin")
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # linux/mman.h; Python has no name for it
 _patching = threading.RLock()
+
+PIECE = 1 << 20
+"""Values that are converted at once: so many stay in a processor's cache."""
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Of dtypes, in a .safetensors."""
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip archive's entry: APPNOTE.TXT, 4.3.7
 _HAS_DESCRIPTOR = 1 << 3  # a flag: behind the entry's data, its checksum and sizes follow
@@ -78,11 +93,75 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def write_safetensors(path: Path, about: About, tensors: Iterable[Tensor]) -> None:
+    """Save tensors as .safetensors, in place: inside `whole_file`. The package's own function needs all of them at once.
+
+    Args:
+        path: the file.
+        about: what will be in it.
+        tensors: for each name the tensor, on the CPU, of any dtype; none is asked for before the one before it is in the file.
+
+    Raises:
+        ValueError: a tensor is of another shape, or there are fewer of them.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # the readers of transformers and web-rwkv ask for it
+    end = 0
+    for name, (shape, dtype) in about.items():
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that values are where their size divides
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, (shape, dtype)), x in zip(about.items(), tensors, strict=True):
+            if x.shape != shape:
+                raise ValueError(f"{name} is {tuple(x.shape)}; it must be {tuple(shape)}")
+            for piece in pieces(x, dtype):
+                file.write(piece.numpy().data)
+            memory.give_back()
+
+
+def pieces(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The bytes of a tensor in a dtype, some at a time."""
+    for piece in x.detach().contiguous().view(-1).split(PIECE):
+        yield piece.to(dtype).view(torch.uint8)
+
+
 def mapped(path: Path, size: int = 0) -> mmap.mmap:
     """A file's bytes, or the first `size` of them, without memory set aside for what may be written to them."""
     with path.open("rb") as file:
         flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), size, flags=flags, prot=prot)
+
+
+def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What `read` gave, a tensor at a time; what a mapped file had to bring into memory for one is let go before the next."""
+    mapped = mapped_files()
+    for name, x in tensors.items():
+        yield name, x
+        let_go(x, mapped)
+
+
+def mapped_files() -> list[tuple[int, int]]:
+    """Where in memory files are mapped, where Linux says it; else nowhere."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
+    regions = [line.split(maxsplit=5) for line in lines]
+    return [
+        (int(fields[0].split("-")[0], 16), int(fields[0].split("-")[1], 16))
+        for fields in regions
+        if len(fields) == 6 and fields[5].startswith("/") and not fields[1].endswith("s")  # privately, as torch maps
+    ]
+
+
+def let_go(x: Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Give back the pages that only `x` is on. If it is read again, they come from the file again."""
+    page = mmap.PAGESIZE
+    begin, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
+    first, last = -(-begin // page) * page, end // page * page
+    if last > first and any(low <= begin and end <= high for low, high in mapped):
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager

@@ -24,12 +24,11 @@ from rwkv_core import memory
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import whole_file
 from rwkv_core.formats import gguf_file, order, q8_0
+from rwkv_core.formats.container import PIECE, let_go, mapped_files, pieces
 
 SUFFIX = ".gguf"
 
 Form = Literal["f32", "f16", "bf16", "q8_0"]
-
-Make = Callable[[], Tensor]
 
 EOT = 261
 """The token of a blank line: it ends a turn in World's dialogues."""
@@ -43,8 +42,6 @@ _HEAD_SIZES = (64, 128)
 """What the operators of all of llama.cpp's backends take. Others abort, or on a CPU with AVX-512 read past the head's end."""
 
 _RESCALE = 6
-_PIECE = 1 << 20
-"""Values that are converted at once: they stay in the processor's cache."""
 
 _OUTSIDE = {"emb": "token_embd", "blocks.0.ln0": "token_embd_norm", "ln_out": "output_norm", "head": "output"}
 _MATRICES = ("receptance", "key", "value", "output")
@@ -82,10 +79,12 @@ _FIRST_V = re.compile(r"blk\.0\.time_mix_v[012]\.weight")
 
 
 class Part(NamedTuple):
-    """A tensor of a file that is to be written."""
+    """A tensor that can be made, of llama.cpp's or of the official ones."""
 
-    shape: tuple[int, ...]
-    make: Make
+    make: Callable[[], Tensor]
+    sources: tuple[Tensor, ...]
+    """What it is made of."""
+    shape: tuple[int, ...] = ()
 
 
 def write(
@@ -136,11 +135,14 @@ def write(
             writer.write_ti_data_to_file()
             (file,) = writer.fout or ()
             writer.write_padding(file, file.tell())
+            mapped = mapped_files()
             for theirs, part in parts.items():
                 begin = file.tell()
                 for piece in _pieces(part.make(), _form(theirs, form)):
                     file.write(piece.numpy().data)
                 writer.write_padding(file, file.tell() - begin)
+                for source in part.sources:
+                    let_go(source, mapped)
                 memory.give_back()
         finally:
             writer.close()
@@ -211,16 +213,17 @@ def from_official(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Part]:
         if _FUSED.fullmatch(theirs):
             rows = [tensors[f"{name.partition('.att.')[0]}.{mix}"] for mix in _MIXES[version]]
             shape = (len(rows), 1, 1, rows[0].numel())
-            parts.setdefault(theirs, Part(shape, partial(_stacked, rows, shape)))
+            parts.setdefault(theirs, Part(partial(_stacked, rows, shape), tuple(rows), shape))
         else:
             y = _shaped(theirs, x)
-            parts[theirs] = Part(tuple(y.shape), partial(_halved, y, _halvings(theirs, _rescale(version, form)), -1))
+            halvings = _halvings(theirs, _rescale(version, form))
+            parts[theirs] = Part(partial(_halved, y, halvings, -1), (x,), tuple(y.shape))
     if version == 7:
         parts |= {f"blk.0.time_mix_v{i}.weight": parts[f"blk.0.time_mix_a{i}.weight"] for i in range(3)}
     return parts
 
 
-def lazily(path: Path) -> dict[str, Make]:
+def lazily(path: Path) -> dict[str, Part]:
     """What makes each of the official tensors in a file, in the official order.
 
     Raises:
@@ -235,26 +238,24 @@ def lazily(path: Path) -> dict[str, Make]:
     head_size = int(metadata.get(f"{architecture}.wkv.head_size", 0))
     ours = {theirs: official for official, theirs in _NAMES[version].items()}
     outside = {theirs: official for official, theirs in _OUTSIDE.items()}
-    makes: dict[str, Make] = {}
+    makes: dict[str, Part] = {}
     for theirs, found in stored.items():
         fused, block = _FUSED.fullmatch(theirs), re.fullmatch(r"blk\.(\d+)\.(.+)\.(weight|bias)", theirs)
         if version == 7 and _FIRST_V.fullmatch(theirs):
             continue
         if fused is not None:
             for i, mix in enumerate(_MIXES[version]):
-                makes[f"blocks.{fused[1]}.{mix}"] = partial(_row, found, i)
+                makes[f"blocks.{fused[1]}.{mix}"] = Part(partial(_row, found, i), (found.data,))
         elif block is None:
             module, _, kind = theirs.rpartition(".")
-            makes[f"{outside.get(module, module)}.{kind}"] = found.values
+            makes[f"{outside.get(module, module)}.{kind}"] = Part(found.values, (found.data,))
         else:
             layer, inner, kind = block.groups()
             single = inner.removeprefix("time_mix_lerp_")  # before the mixes were fused
             official = f"att.time_maa_{single}" if version == 6 and single in set("wkvrg") else ours.get(inner, inner)
             name = f"blocks.{layer}.{official}"
-            halvings = _halvings(theirs, rescale)
-            makes[f"{name}.{kind}" if _KIND.search(official) else name] = partial(
-                _official, theirs, found, halvings, head_size
-            )
+            make = partial(_official, theirs, found, _halvings(theirs, rescale), head_size)
+            makes[f"{name}.{kind}" if _KIND.search(official) else name] = Part(make, (found.data,))
     return order.official(makes)
 
 
@@ -325,8 +326,15 @@ def _stacked(rows: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 def _pieces(x: Tensor, form: Form) -> Iterator[Tensor]:
     """The bytes of a tensor in a form, some at a time."""
-    for piece in x.contiguous().view(-1).split(_PIECE):
-        yield q8_0.pack(piece) if form == "q8_0" else piece.to(_DTYPES[form]).view(torch.uint8)
+    if form == "q8_0":
+        return map(q8_0.pack, x.contiguous().view(-1).split(PIECE))
+    return pieces(x, _DTYPES[form])
+
+
+def tolerance(name: str, form: Form, version: int) -> float:
+    """How far a value may be from what it was, besides the rounding of its dtype: halved, more of them are subnormal."""
+    times = _halvings(_theirs(name, version) or "", _rescale(version, form)) if form == "f16" else 0
+    return 2.0 ** (times - 25) if times else 0.0
 
 
 def _describe(writer: Any, tensors: Mapping[str, Tensor], form: Form) -> None:

@@ -12,8 +12,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from rwkv_core.errors import InputError
 
 
 def _same(x: Tensor) -> Tensor:
@@ -59,6 +63,14 @@ _FROM_FLA = {fla: (official, change) for official, (fla, change, _) in _FLA_7.it
 
 # fla's RWKV-6 has some tensors of five parts, in the order r, w, k, v, g; the official order is w, k, v, r, g.
 _OFFICIAL_FIVE = [1, 2, 3, 0, 4]
+_FLAS_FIVE = [3, 0, 1, 2, 4]
+
+RECEPTANCE = 8.0
+"""What RWKV-6's receptance is divided by for fla, which gives the norm of a head the epsilon 1e-5, and not 1e-5 * 8 * 8. What a
+head reads is linear in it, so it is the same function; and as a power of two it rounds nothing."""
+
+_FOLDED = "receptance_divided_by"
+"""Where a config.json of ours says so. fla's own converter does not divide."""
 
 
 def _five_in_columns(x: Tensor) -> Tensor:
@@ -75,6 +87,32 @@ def _five_matrices(x: Tensor) -> Tensor:
     return x.mT.reshape(5, -1, len(x))[_OFFICIAL_FIVE]
 
 
+def _rows_of_five(x: Tensor) -> Tensor:
+    """(C, 5D) -> (5D, C)."""
+    return x.mT.reshape(5, -1, len(x))[_FLAS_FIVE].flatten(0, 1)
+
+
+def _matrix_of_five(x: Tensor) -> Tensor:
+    """(5, D, C) -> (C, 5D)."""
+    return x[_FLAS_FIVE].flatten(0, 1).mT
+
+
+_FLA_6: dict[str, tuple[str, _Change]] = {
+    **{official: (theirs, change) for official, (theirs, _, change) in _NORMS.items()},
+    "att.time_maa_x": ("attn.x_proj.0.mu", _flat),
+    "att.time_maa_w1": ("attn.x_proj.0.linear.weight", _rows_of_five),
+    "att.time_maa_w2": ("attn.x_proj.2.weight", _matrix_of_five),
+    "att.time_decay_w1": ("attn.w_proj.linear.lora.0.weight", _turned),
+    "att.time_decay_w2": ("attn.w_proj.linear.lora.2.weight", _turned),
+    "att.time_decay": ("attn.w_proj.linear.lora.2.bias", _flat),
+    "att.time_faaaa": ("attn.bonus", _same),
+    **{f"att.{x}.weight": (f"attn.{x[0]}_proj.linear.weight", _same) for x in ("key", "value", "gate", "receptance")},
+    "att.output.weight": ("attn.o_proj.weight", _same),
+    "ffn.time_maa_k": ("ffn.key.mu", _flat),
+    "ffn.time_maa_r": ("ffn.receptance.mu", _flat),
+    "ffn.key.weight": ("ffn.key.linear.weight", _same),
+    "ffn.receptance.weight": ("ffn.receptance.linear.weight", _same),
+}
 _FROM_FLA |= {
     "attn.x_proj.0.mu": ("att.time_maa_x", _vector),
     "attn.x_proj.0.linear.weight": ("att.time_maa_w1", _five_in_columns),
@@ -126,23 +164,89 @@ def to_official(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint as Hugging Face's models have it: of RWKV-7, fla's; of RWKV-4 transformers'; of RWKV-5 and 6, RWKV's own.
+    """A checkpoint as Hugging Face's models have it: RWKV-6 and 7 fla's, RWKV-4 transformers', RWKV-5 RWKV's own.
 
     What RWKV-7 has of v0, v1 and v2 in its first block is left out: nothing uses it, and fla has no place for it.
     """
-    if "blocks.0.att.x_r" not in tensors:
+    of_6 = any(name.endswith(".time_maa_w1") for name in tensors)
+    if not of_6 and "blocks.0.att.x_r" not in tensors:
         named = {".".join(_TRANSFORMERS.get(part, part) for part in name.split(".")): x for name, x in tensors.items()}
         return {name if name.startswith("head.") else f"rwkv.{name}": x for name, x in named.items()}
+    names = _FLA_6 if of_6 else {official: (theirs, change) for official, (theirs, _, change) in _FLA_7.items()}
     converted: dict[str, Tensor] = {}
     for name, x in tensors.items():
         first, _, rest = name.partition(".")
-        if first == "blocks" and not name.startswith(("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")):
-            layer, inner = rest.split(".", 1)
-            theirs, _, change = _FLA_7.get(inner, (inner, _same, _same))
-            converted[f"model.layers.{layer}.{theirs}"] = change(x)
-        elif first != "blocks":
+        if first != "blocks":
             converted[("" if first == "head" else "model.") + f"{_OUTSIDE.get(first, first)}.{rest}"] = x
+        elif not name.startswith(("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")):
+            layer, inner = rest.split(".", 1)
+            mixes = _IN_ROWS["x_bias"] if of_6 else ()
+            if inner.removeprefix("att.") in mixes:
+                rows = [tensors[f"blocks.{layer}.att.{mix}"].flatten() for mix in mixes]
+                converted.setdefault(f"model.layers.{layer}.attn.x_bias", torch.stack(rows))
+            else:
+                theirs, change = names.get(inner, (inner, _same))
+                converted[f"model.layers.{layer}.{theirs}"] = change(x)
     return converted
+
+
+def folded(name: str, x: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """A tensor of `from_official` as the config.json has it."""
+    return x / config[_FOLDED] if _FOLDED in config and name.endswith(".r_proj.linear.weight") else x
+
+
+def restore(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Undo `folded`, in place, where the config.json beside the files of official tensors says that it was done."""
+    by = _config(folder).get(_FOLDED)
+    if isinstance(by, int | float) and by > 0:
+        tensors |= {name: x * by for name, x in tensors.items() if name.endswith(".att.receptance.weight")}
+
+
+def config(shape: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of a model, by its `models.skeleton.Shape`.
+
+    Raises:
+        InputError: neither fla nor transformers has such a model.
+    """
+    of_all = {
+        "vocab_size": shape.vocab_size, "hidden_size": shape.n_embd, "intermediate_size": shape.dim_ffn,
+        "num_hidden_layers": shape.n_layer, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
+        "use_cache": True, "torch_dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    of_fla = {"attn_mode": "chunk", "hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "norm_eps": 1e-5}
+    heads = shape.n_embd // shape.head_size
+    match shape.version:
+        case "4":
+            every = 6 if dtype == torch.float16 else 0  # it halves what it adds up, where float16 would not hold it
+            of_4 = {"attention_hidden_size": shape.dim_att, "layer_norm_epsilon": 1e-5, "rescale_every": every}
+            return {
+                "architectures": ["RwkvForCausalLM"],
+                "model_type": "rwkv",
+                **of_all,
+                **of_4,
+                "context_length": 1024,
+            }
+        case "6" if shape.head_size_divisor == RECEPTANCE:
+            of_6 = {
+                "expand_k": 1.0, "expand_v": 1.0, "num_heads": heads, "proj_low_rank_dim": shape.mix_rank,
+                "gate_low_rank_dim": shape.decay_rank, "head_size_divisor": shape.head_size_divisor, _FOLDED: RECEPTANCE,
+            }  # fmt: skip
+            return {"architectures": ["RWKV6ForCausalLM"], "model_type": "rwkv6", **of_all, **of_fla, **of_6}
+        case "7" if shape.head_size == shape.head_size_divisor**2:  # its epsilon is head_dim * norm_eps
+            of_7 = {
+                "head_dim": shape.head_size, "num_heads": heads, "value_dim": [shape.n_embd] * shape.n_layer,
+                "hidden_ratio": shape.dim_ffn / shape.n_embd, "decay_low_rank_dim": shape.decay_rank,
+                "gate_low_rank_dim": shape.gate_rank, "a_low_rank_dim": shape.a_rank,
+                "v_low_rank_dim": shape.v_rank or 32,
+            }  # fmt: skip
+            return {"architectures": ["RWKV7ForCausalLM"], "model_type": "rwkv7", **of_all, **of_fla, **of_7}
+        case "6" | "7":
+            raise InputError(
+                f"hf of heads of {shape.head_size} that are divided by {shape.head_size_divisor:g}",
+                "fla has another epsilon in their norm",
+                "export pth",
+            )
+    raise InputError(f"hf of an RWKV-{shape.version}", "neither transformers nor fla has one", "export pth")
 
 
 def head_size_divisor(folder: Path) -> float | None:
@@ -150,12 +254,21 @@ def head_size_divisor(folder: Path) -> float | None:
 
     fla's RWKV-7 has no divisor, but an epsilon of head_dim * norm_eps, which does the same.
     """
+    said = _config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] == "rwkv7":
-            found = math.sqrt(float(config["head_dim"]) * float(config["norm_eps"]) / 1e-5)
+        if said["model_type"] == "rwkv7":
+            found = math.sqrt(float(said["head_dim"]) * float(said["norm_eps"]) / 1e-5)
         else:
-            found = float(config["head_size_divisor"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = float(said["head_size_divisor"])
+    except (ValueError, KeyError, TypeError):
         return None
     return found if math.isfinite(found) and found > 0 else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What is in a folder's config.json, if there is one that can be read."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

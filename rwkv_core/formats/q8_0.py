@@ -33,3 +33,9 @@ def unpack(packed: Tensor) -> Tensor:
     scale = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)
     values = blocks[:, 2:].contiguous().view(torch.int8).to(torch.float32)
     return values.mul_(scale).view(*packed.shape[:-1], -1)
+
+
+def error(x: Tensor) -> Tensor:
+    """How far each value may be from what it was, (..., n): half a step, and what the rounding of the scale adds."""
+    largest = x.to(torch.float32).reshape(-1, BLOCK).abs().amax(dim=1, keepdim=True)
+    return (largest * (0.5001 / 127 + 2**-11) + 127 * 2**-25).expand(-1, BLOCK).reshape(x.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
+from rwkv_core.formats import container
 
 _TURNED = (".w1", ".w2", ".a1", ".a2", ".g1", ".g2", ".v1", ".v2", "_w1", "_w2", ".time_state")
 _PAIR_7 = re.compile(r"blocks\.\d+\.att\.[wavg]([12])")
@@ -27,12 +28,10 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         InputError: web-rwkv has no such model.
         WorldError: there is no room, or no permission.
     """
-    from safetensors.torch import save_file  # not needed to read or train a .pth
-
-    converted = {name: x.to(torch.float16).contiguous().clone() for name, x in from_official(tensors).items()}
+    converted = from_official(tensors)
+    about = {name: (x.shape, torch.float16) for name, x in converted.items()}
     with whole_file(path) as temporary:
-        save_file(converted, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+        container.write_safetensors(temporary, about, (x for _, x in container.one_by_one(converted)))
 
 
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

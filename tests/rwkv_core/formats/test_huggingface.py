@@ -111,10 +111,9 @@ def test_token_shifts_may_be_flat_or_in_one_tensor():
             },
         ),
         ("5.2", {"rwkv.blocks.0.attention.time_mix_gate", "rwkv.blocks.1.attention.time_faaaa"}),
-        ("6", {"rwkv.blocks.0.attention.time_maa_w1", "rwkv.blocks.1.feed_forward.time_maa_k"}),
     ],
 )  # fmt: skip
-def test_rwkv_4_to_6_have_the_names_of_transformers(version, names):
+def test_rwkv_4_and_5_have_the_names_of_transformers(version, names):
     assert names <= huggingface.from_official(checkpoints.official(version)).keys()
 
 
@@ -160,6 +159,22 @@ def test_rwkv_6_of_fla_is_read(tmp_path):
     checkpoints.save_safetensors(tmp_path, fla_6(tensors))
     same(checkpoint.read(tmp_path), tensors)
     assert models.load(tmp_path).config.version == "6"
+
+
+def test_rwkv_6_has_the_names_and_shapes_of_fla():
+    tensors = checkpoints.official("6")
+    ours, theirs = huggingface.from_official(tensors), fla_6(tensors)
+    same({name: ours[name] for name in sorted(ours)}, {name: theirs[name] for name in sorted(theirs)})
+
+
+def test_rwkv_6_under_rwkvs_own_names_is_read(tmp_path):
+    tensors = checkpoints.official("6")
+    theirs = {"emb": "embeddings", "att": "attention", "ffn": "feed_forward", "ln0": "pre_ln"}
+    own = {".".join(theirs.get(part, part) for part in name.split(".")): x for name, x in tensors.items()}
+    own = {name if name == "head.weight" else f"rwkv.{name}": x for name, x in own.items()}
+    assert {"rwkv.blocks.0.attention.time_maa_w1", "rwkv.blocks.1.feed_forward.time_maa_k"} <= own.keys()
+    checkpoints.save_safetensors(tmp_path, own)
+    same(checkpoint.read(tmp_path), tensors)
 
 
 def test_another_model_is_refused_by_its_names(tmp_path):
