@@ -2,7 +2,7 @@
 
     layout       which tensors a model of a version has
     contents     what a reader found in a file
-    pth, web_rwkv, gguf_file, fla
+    pth, web_rwkv, gguf_file, hf
                  readers, one for a format: written from the rules of its clients alone
     recurrence   the models' equations in numpy
     rwkv_package, llama

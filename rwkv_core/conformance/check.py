@@ -8,6 +8,7 @@ may be `_TIMES` as far from the core. What a client does otherwise by habit, the
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -172,6 +173,8 @@ class _Case:
             if self.is_state:
                 found += structure.state(contents, self.holder)
         self.size = len(self.tensors["emb.weight"])
+        if self.checked.format == "hf" and self.size == len(world().table):
+            found.append(structure.world_file(self.file, self._known().table))
         if self.checked.format == "gguf":
             found += structure.vocabulary(self.holder, self._known().table, self._known().digest)
         vital = {"no tensor is missing", "shapes", "as many states as blocks", "shape of each state", "heads times size"}
@@ -180,15 +183,20 @@ class _Case:
     def job(self, folder: Path) -> Job | None:
         """What the format's client has to do, if it is installed."""
         where = form(self.file)
-        wanted: dict[str, tuple[child.Reader, str]] = {"pth": ("rwkv", "rwkv"), "gguf": ("llama", "llama_cpp")}
+        wanted: dict[str, tuple[child.Reader, str]] = {
+            "pth": ("rwkv", "rwkv"), "gguf": ("llama", "llama_cpp"), "hf": ("transformers", "transformers")
+        }  # fmt: skip
         reader, package = wanted.get(where, (None, ""))
         if reader is None or find_spec(package) is None:
             return None
+        texts = list(PROMPTS.values())
+        if where == "hf" and not _is_our_code(self.file):
+            texts = []
+            if self.holder.version != "4":
+                return None
         folder.mkdir()
         state = str(self.subject.path) if self.is_state else None
-        return Job(
-            reader, str(self.file), str(folder), self.prompts(), self.holder.version, state, list(PROMPTS.values())
-        )
+        return Job(reader, str(self.file), str(folder), self.prompts(), self.holder.version, state, texts)
 
     def judge(self, client: Answer | None, core: Core) -> None:
         """Compare what the readers compute with what the core does."""
@@ -199,7 +207,8 @@ class _Case:
             with np.errstate(all="ignore"):
                 return recurrence.logits(self.holder, prompts, dtype, habits=habits, state=state)
 
-        self.checked.reader = "reference" if client is None else client.reader
+        computes = client is not None and (client.trouble is not None or bool(client.logits))
+        self.checked.reader = client.reader if client is not None and computes else "reference"
         given = None if self.state is None else rounded(self.states, self.state)
         wanted = core.logits(self.tensors, self.holder, prompts, given)
         exact, plain = reference(np.float64), reference(np.float32)
@@ -210,12 +219,16 @@ class _Case:
         if client.trouble is not None:
             self._find(f"{client.reader} computes with it", client.trouble, "logits", passed=False)
             return
-        if client.tokens:
-            self._tokens(client)
+        if "pieces" in client.tokens:
+            self._tokens_of_llama(client)
             habit = _apart(reference(np.float32, Habits(activations=True)), plain)
             self._compare(client.reader, client.logits, wanted, allowed + _HABIT_TIMES * habit)
             return
-        if self.holder.version != "7":
+        if client.tokens:
+            self._tokens_of_transformers(client)
+        if not client.logits:
+            return
+        if self.file.suffix == ".pth" and self.holder.version != "7":
             changed = reference(np.float32, Habits(embedding=True))
             wanted = [want + (new - old) for want, new, old in zip(wanted, changed, plain, strict=True)]
         self._compare(client.reader, client.logits, wanted, allowed)
@@ -234,7 +247,16 @@ class _Case:
                 row = Logits(reader, prompt, len(want), difference, allowed, *shares, passed)
             self.checked.logits.append(row)
 
-    def _tokens(self, client: Answer) -> None:
+    def _tokens_of_transformers(self, client: Answer) -> None:
+        """How the folder's own tokenizer reads and writes, run by transformers."""
+        told = client.tokens
+        same = [[0, *ids] for ids in told["encoded"]] == self.prompts() and told["decoded"] == list(PROMPTS.values())
+        self._find("prompts, encoded and decoded", "as ours" if same else "otherwise", "as ours", passed=same)
+        right = told["rendered"] == structure.RENDERED
+        self._find("dialogue", "as it must be" if right else repr(told["rendered"]), repr(structure.RENDERED), passed=right)
+        self._find("eos", str(told["eos"]), "0", passed=told["eos"] == 0)
+
+    def _tokens_of_llama(self, client: Answer) -> None:
         """How llama.cpp itself reads the tokens."""
         table = self._known().table
         pieces = [bytes.fromhex(piece) for piece in client.tokens["pieces"]]
@@ -263,6 +285,13 @@ class _Case:
 
     def _find(self, what: str, found: str, rule: str, *, passed: bool) -> None:
         self.checked.findings.append(Finding(what, found, rule, passed))
+
+
+def _is_our_code(folder: Path) -> bool:
+    """Whether a folder's tokenizer is the code that we write: no other is run."""
+    code = folder / "hf_rwkv_tokenizer.py"
+    ours = resources.files("rwkv_core").joinpath("hf_rwkv_tokenizer.py.j2")
+    return code.is_file() and ours.is_file() and code.read_bytes() == ours.read_bytes()
 
 
 def _apart(some: Sequence[Array], others: Sequence[Array]) -> float:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rwkv_core.conformance import llama, rwkv_package
+from rwkv_core.conformance import llama, rwkv_package, structure, transformers_library
 from rwkv_core.conformance.contents import Array, Unreadable
 from rwkv_core.conformance.read import read_state
 from rwkv_core.processes import stop_with_parent
@@ -26,7 +26,7 @@ from rwkv_core.processes import stop_with_parent
 _SECONDS, _SECONDS_A_GIGABYTE = 300.0, 240.0
 _WORDS = 300  # of what a crashed reader said last
 
-Reader = Literal["rwkv", "llama"]
+Reader = Literal["rwkv", "llama", "transformers"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
     version: str
     state: str | None = None
     texts: list[str] = field(default_factory=list)
-    """llama.cpp encodes these."""
+    """These are encoded, where the file has a tokenizer that may be run; else none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Answer:
     logits: list[Array] = field(default_factory=list)
     """(T, V) for each prompt."""
     tokens: Mapping[str, Any] = field(default_factory=dict)
-    """What llama.cpp says of the tokens."""
+    """What the client says of the tokens."""
 
 
 def run(jobs: Sequence[Job]) -> list[Answer]:
@@ -148,13 +148,22 @@ def _llama(job: Job) -> dict[str, Any]:
     return {"reader": llama.name(), "tokens": tokens, "logits": _keep(job, seen.logits)}
 
 
+def _transformers(job: Job) -> dict[str, Any]:
+    found: dict[str, Any] = {"reader": transformers_library.name()}
+    if job.version == "4":
+        found["logits"] = _keep(job, transformers_library.logits(Path(job.path), job.prompts))
+    if job.texts:
+        found["tokens"] = transformers_library.tokens(Path(job.path), job.texts, structure.DIALOGUE)
+    return found
+
+
 def _keep(job: Job, arrays: Sequence[Array]) -> int:
     for i, x in enumerate(arrays):
         np.save(Path(job.folder) / f"{i}.npy", x)
     return len(arrays)
 
 
-_DO = {"rwkv": _rwkv, "llama": _llama}
+_DO = {"rwkv": _rwkv, "llama": _llama, "transformers": _transformers}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

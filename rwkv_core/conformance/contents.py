@@ -52,6 +52,10 @@ PLAIN: Mapping[str, Callable[[Array], Array]] = {
 """Values of arrays as files have them -> float32."""
 
 
+HALVED = ("att.output.weight", "ffn.value.weight")
+"""Matrices whose products are added to the residual stream: those that `Contents.rescale` is about."""
+
+
 class Stored(NamedTuple):
     """A tensor of a file, not read yet."""
 
@@ -95,6 +99,8 @@ class Contents:
     """Of the group norm behind the state: what the client has, whatever the model was trained with."""
     decay: float = 0.606531
     """The constant e^-0.5 of RWKV-7's decay, to as many digits as the client has."""
+    smaller: Mapping[str, float] = field(default_factory=dict)
+    """By names inside a block: the file has these matrices divided by so much, a power of 2, as its client's equations want."""
     unexpected: tuple[str, ...] = ()
     """Names in the file that no client of the format knows."""
     missing: tuple[str, ...] = ()
@@ -107,6 +113,14 @@ class Contents:
     def exact(self) -> "Contents":
         """The same without what the client does otherwise than the model's definition."""
         return replace(self, decay=float(np.exp(-0.5)))
+
+    def divisor(self, name: str) -> float:
+        """How many times smaller than the model's a tensor is in this file, by the file's own conventions."""
+        if not name.startswith("blocks."):
+            return 1.0
+        _, layer, inner = name.split(".", 2)
+        often = int(layer) // self.rescale if self.rescale and inner in HALVED else 0
+        return float(self.smaller.get(inner, 1.0)) * 2.0**often
 
     @property
     def kinds(self) -> dict[str, str]:

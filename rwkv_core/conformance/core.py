@@ -10,7 +10,6 @@ from torch import Tensor
 from rwkv_core import checkpoint, models
 from rwkv_core.conformance import layout
 from rwkv_core.conformance.contents import ROUNDED, Array, Contents, Stored
-from rwkv_core.conformance.structure import halvings
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import mount
@@ -44,7 +43,7 @@ def rounded(tensors: Mapping[str, Tensor], holder: Contents) -> dict[str, Tensor
     for name, x in checkpoint.one_by_one(dict(tensors)):
         kept, values = holder.tensors.get(name), stored(x).values()
         if kept is not None and name not in layout.UNUSED:
-            scale = np.float32(2.0 ** halvings(name, holder.rescale))
+            scale = np.float32(holder.divisor(name))
             if kept.kind == "Q8_0" and kept.shape == tuple(x.shape):
                 values = kept.values() * scale
             elif kept.kind in ROUNDED:
@@ -87,7 +86,7 @@ class Core:
         kinds = {name: (_KINDS[x.dtype], holder.tensors[name].kind) for name, x in tensors.items() if name in holder.tensors}
         lossy = {name: kind for name, kind in kinds.items() if kind not in _EXACT}
         quantized = any(kind == "Q8_0" for _, kind in lossy.values())
-        which = ({name: x.data_ptr() for name, x in tensors.items()}, lossy, lossy and holder.rescale, quantized and id(holder))
+        which = ({name: x.data_ptr() for name, x in tensors.items()}, lossy, lossy and (holder.rescale, dict(holder.smaller)), quantized and id(holder))
         if self._made is None or self._made[0] != which:
             self._made = None  # one model in memory
             values = rounded(tensors, holder)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rwkv_core.conformance import fla, gguf_file, pth, web_rwkv
+from rwkv_core.conformance import gguf_file, hf, pth, web_rwkv
 from rwkv_core.conformance.contents import Contents, Unreadable
 
 FORMATS = ("pth", "st", "gguf", "hf")
@@ -34,7 +34,7 @@ def read(path: Path, lora: tuple[Path, float] | None = None) -> Contents:
     Raises:
         Unreadable: they would not load it.
     """
-    made = {"pth": pth.read, "st": web_rwkv.read, "gguf": gguf_file.read, "hf": fla.read}[form(path)](path)
+    made = {"pth": pth.read, "st": web_rwkv.read, "gguf": gguf_file.read, "hf": hf.read}[form(path)](path)
     return made if lora is None else web_rwkv.with_lora(made, *lora)
 
 

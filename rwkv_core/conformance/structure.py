@@ -3,23 +3,25 @@
 Sources: the checklist is that of the clients' loaders; see `layout` and the readers.
 """
 
+import ast
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_core.conformance import layout
-from rwkv_core.conformance.contents import ROUNDED, Array, Contents, Stored
+from rwkv_core.conformance.contents import HALVED, ROUNDED, Array, Contents, Stored
 
 _PIECE = 1 << 24
 """Values that are compared at once: it bounds the memory."""
 
+FREE = 65530
+"""The first of World's ids that are free for special tokens."""
+
 _NAMED = 3
 """Tensors that a finding names."""
-
-HALVED = ("att.output.weight", "ffn.value.weight")
-"""Matrices whose products are added to the residual stream: those that `Contents.rescale` is about."""
 
 _Q8_STEP = 0.57
 """Of Q8_0, how far a value may be from what is stored, in steps of its block. Half a step is rounding; the step itself is
@@ -90,7 +92,7 @@ def values(contents: Contents, source: Mapping[str, Stored]) -> Compared:
         for got, want in fits:
             if not np.isfinite(got).all():
                 infinite.append(f"{name} has {int((~np.isfinite(got)).sum())}")
-            scaled = want / np.float32(2.0 ** halvings(name, contents.rescale))
+            scaled = want / np.float32(contents.divisor(name))
             if stored.kind == "Q8_0":
                 same &= _within_steps(got, scaled)
             else:
@@ -186,20 +188,43 @@ def vocabulary(contents: Contents, table: Sequence[bytes], digest: str) -> list[
     return [*found, chat_template(facts.get("tokenizer.chat_template"))]
 
 
-_DIALOGUE = [
+DIALOGUE: list[dict[str, str]] = [
     {"role": "system", "content": "Answer in one word."},
     {"role": "user", "content": "  Where is 长城?\nSay it. "},
     {"role": "assistant", "content": "China."},
     {"role": "user", "content": "And Uluru?"},
 ]
-_RENDERED = (
+RENDERED = (
     "System: Answer in one word.\n\nUser: Where is 长城?\nSay it.\n\nAssistant: China.\n\nUser: And Uluru?\n\nAssistant:"
 )
 
 
+def world_file(folder: Path, table: Sequence[bytes]) -> Finding:
+    """Whether the vocabulary file of a Hugging Face folder is the tokenizer's.
+
+    Args:
+        folder: it.
+        table: bytes of every token.
+    """
+    what, rule = "vocabulary file", "the tokenizer's tokens, to the byte, but for special ones"
+    path = folder / "rwkv_vocab_v20230424.txt"
+    found = dict[int, bytes]()
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            number, literal = line[: line.index(" ")], line[line.index(" ") : line.rindex(" ")].strip()
+            entry = ast.literal_eval(literal)
+            found[int(number)] = entry.encode() if isinstance(entry, str) else bytes(entry)
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
+        return Finding(what, f"it can't be read ({error})", rule, False)
+    wrong = [i for i, entry in enumerate(table) if entry and found.get(i) != entry and i < FREE]
+    strange = sorted(i for i in found if i >= len(table) or (i < FREE and not table[i]))
+    told = f"token {(wrong or strange)[0]} is another, of {len(wrong) + len(strange)}" if wrong or strange else f"{len(found)} tokens"
+    return Finding(what, told, rule, not wrong and not strange)
+
+
 def chat_template(template: Any) -> Finding:
     """Whether a template writes a dialogue as the training data has it, and as `rwkvflow chat` does."""
-    what, rule = "chat template", f"{_RENDERED!r} for a dialogue of four turns"
+    what, rule = "chat template", f"{RENDERED!r} for a dialogue of four turns"
     if not isinstance(template, str) or not template:
         return Finding(what, "none", rule, False)
     if template == "rwkv-world":
@@ -210,16 +235,11 @@ def chat_template(template: Any) -> Finding:
     try:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         got = environment.from_string(template).render(
-            messages=_DIALOGUE, add_generation_prompt=True, bos_token="", eos_token=""
+            messages=DIALOGUE, add_generation_prompt=True, bos_token="", eos_token=""
         )
     except TemplateError as error:
         return Finding(what, f"it can't be rendered ({error})", rule, False)
-    return Finding(what, "renders it so" if got == _RENDERED else repr(got), rule, got == _RENDERED)
-
-
-def halvings(name: str, rescale: int) -> int:
-    """How often a file that is rescaled after so many blocks has halved a matrix."""
-    return int(name.split(".")[1]) // rescale if rescale and name.endswith(HALVED) else 0
+    return Finding(what, "renders it so" if got == RENDERED else repr(got), rule, got == RENDERED)
 
 
 def _fitted(stored: Stored, want: Stored) -> Iterator[tuple[Array, Array]] | None:
@@ -255,8 +275,7 @@ def _diagnosis(name: str, stored: Stored, source: Mapping[str, Stored], contents
         return "is not turned as the format wants it"
     times = float(np.abs(got).sum() / max(float(np.abs(want).sum()), 1e-30))
     if name.endswith(HALVED) and times > 0 and abs(math.log2(times) - round(math.log2(times))) < 0.01 and alike(want * times):
-        often = halvings(name, contents.rescale)
-        return f"is {times:g} times the model's; by the file's rescaling it must be {2.0**-often:g} times"
+        return f"is {times:g} times the model's; by what the file says it must be {1 / contents.divisor(name):g} times"
     for other, x in source.items():
         if other != name and _squeezed(x.shape) == _squeezed(source[name].shape) and alike(x.values()):
             return f"has the values of {other}"
