@@ -275,9 +275,11 @@ class _Case:
 
     def prompts(self) -> list[list[int]]:
         """Token ids of each prompt; of a model of other tokens than are known, bytes instead."""
-        if self.expected.tokenizer is None and self.size != len(world().table):
+        known, given = self._known(), self.expected.tokenizer is not None
+        if len(known.table) > self.size or (not given and len(known.table) < self.size):
             return [[0, *(byte % self.size for byte in text.encode())] for text in PROMPTS.values()]
-        encode = greedy_encoder(world().table) if self._known() is world() else self._known().encode
+        # by the definition: the fast encoder takes 240 MB
+        encode = greedy_encoder(world().table) if len(known.table) == len(world().table) else known.encode
         return [[0, *encode(text)] for text in PROMPTS.values()]
 
     def _known(self) -> Tokenizer:

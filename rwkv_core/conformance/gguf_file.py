@@ -4,13 +4,10 @@ Source: llama.cpp: src/models/rwkv6.cpp and rwkv7.cpp (load_arch_hparams, load_a
 src/llama-vocab.cpp (llama_unescape_rwkv_token). A shape is given as numpy sees it, the reverse of ggml's ne.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rwkv_core.conformance import layout
+from rwkv_core.conformance import gguf_container, layout
 from rwkv_core.conformance.contents import Contents, Stored, Unreadable
 
 _NORMS = {"ln1": "attn_norm", "ln2": "attn_norm_2", "att.ln_x": "time_mix_ln"}
@@ -42,7 +39,6 @@ _TURNED = {
 }
 _FUSED = {"6": [f"att.time_maa_{one}" for one in "wkvrg"], "7": [f"att.x_{one}" for one in layout.LERPS]}
 _LERP = "time_mix_lerp_fused.weight"
-_KINDS = ("F32", "F16", "BF16", "Q8_0")
 _RANKS = {
     "6": {"time_mix_extra_dim": ("att.time_maa_w2", 1), "time_decay_extra_dim": ("att.time_decay_w1", 1)},
     "7": {
@@ -58,40 +54,30 @@ def read(path: Path) -> Contents:
     Raises:
         Unreadable: it would not load it.
     """
-    import gguf
-
-    try:
-        file = gguf.GGUFReader(path)
-        facts = {name: field.contents() for name, field in file.fields.items()}
-    except Exception as error:
-        raise Unreadable(f"it can't be read as GGUF ({str(error)[:200]})") from None
+    facts, held = gguf_container.read(path)
     arch = str(facts.get("general.architecture"))
     if arch not in ("rwkv6", "rwkv7"):
         raise Unreadable(f"its architecture is {arch}; rwkv6 and rwkv7 are RWKV's")
     version = arch[-1]
-    held = dict[str, Stored]()
-    for tensor in file.tensors:
-        kind = tensor.tensor_type.name
-        decode = None if kind in ("F32", "F16") else partial(_decode, kind=tensor.tensor_type)
-        held[tensor.name] = Stored(np.asarray(tensor.data), kind, decode=decode)
     n_layer = int(facts.get(f"{arch}.block_count", 0))
     found, used = dict[str, Stored](), set[str]()
     for ours, theirs in _OUTSIDE.items():
         if theirs in held:
-            found[ours] = _plain(held[theirs])
+            found[ours] = held[theirs]
             used.add(theirs)
     for i in range(n_layer):
         for ours, theirs in _BLOCKS[version].items():
             name = f"blk.{i}.{theirs}"
             if name in held:
-                found[f"blocks.{i}.{ours}"] = _plain(held[name])._replace(turned=ours in _TURNED[version])
+                found[f"blocks.{i}.{ours}"] = held[name]._replace(turned=ours in _TURNED[version])
                 used.add(name)
         fused = held.get(f"blk.{i}.{_LERP}")
         if fused is not None:
             used.add(f"blk.{i}.{_LERP}")
-            for part, ours in zip(_plain(fused).raw, _FUSED[version], strict=False):
-                found[f"blocks.{i}.{ours}"] = Stored(part, fused.kind, decode=fused.decode)
+            for part, ours in zip(fused.raw, _FUSED[version], strict=False):
+                found[f"blocks.{i}.{ours}"] = fused._replace(raw=part)
     wanted = layout.names(version, n_layer)  # here RWKV-7's unused ones must be there
+    lost = dict.fromkeys(_theirs(name, version) for name in wanted if name not in found)
     size = int(facts.get(f"{arch}.wkv.head_size", 0))
     channels = int(facts.get(f"{arch}.embedding_length", 0))
     if not size or not channels or channels % size:
@@ -104,23 +90,17 @@ def read(path: Path) -> Contents:
         rescale=int(facts.get(f"{arch}.rescale_every_n_layers", 0)),
         norm_eps=float(facts.get(f"{arch}.attention.layer_norm_epsilon", 0.0)),
         unexpected=tuple(name for name in held if name not in used),
-        missing=tuple(name for name in wanted if name not in found),
+        missing=tuple(lost),
         findings=tuple(_metadata(facts, found, version, n_layer)),
         facts=facts,
     )
 
 
-def _decode(raw: Any, kind: Any) -> Any:
-    import gguf
-
-    return gguf.quants.dequantize(raw, kind)
-
-
-def _plain(x: Stored) -> Stored:
-    """bfloat16 as uint16, as in other files: gguf gives bytes."""
-    if x.kind == "BF16":
-        return Stored(x.raw.view(np.uint16), "BF16")
-    return x
+def _theirs(name: str, version: str) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, layer, inner = name.split(".", 2)
+    return f"blk.{layer}.{_LERP if inner in _FUSED[version] else _BLOCKS[version][inner]}"
 
 
 def _metadata(
@@ -128,9 +108,6 @@ def _metadata(
 ) -> list[tuple[str, str, str]]:
     """What of the metadata does not fit the tensors, or what llama.cpp has built in."""
     arch, wrong = f"rwkv{version}", list[tuple[str, str, str]]()
-    other = sorted({x.kind for x in found.values() if x.kind not in _KINDS})
-    if other:
-        wrong.append(("dtype", ", ".join(other), "this check reads F32, F16, BF16 and Q8_0"))
 
     def same(key: str, want: Any) -> None:
         got = facts.get(f"{arch}.{key}")
@@ -152,6 +129,10 @@ def _metadata(
     eps = facts.get(f"{arch}.attention.layer_norm_epsilon")
     if eps is None or abs(eps - 1e-5) > 1e-9:
         wrong.append((f"{arch}.attention.layer_norm_epsilon", str(eps), "1e-05, as every RWKV has it"))
+    for i in "12" if version == "7" else "":  # unused, and yet of the rank of another pair
+        unused, pair = (found.get(f"blocks.0.att.{x}{i}") for x in "va")
+        if unused is not None and pair is not None and unused.shape != pair.shape:
+            wrong.append((f"blk.0.time_mix_v{i}", str(unused.shape), f"{pair.shape}, as of blk.0.time_mix_a{i}"))
     if version == "6" and "blocks.0.att.time_faaaa" in found:
         same("wkv.head_size", found["blocks.0.att.time_faaaa"].shape[1])
     return wrong
