@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows import data
+from flows.export import export
+from flows.export import special_token as _special
 from rwkv_core.errors import InputError, Problem
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -283,6 +285,9 @@ def _write_receipt(out: Path, receipt: dict[str, Any]) -> Path:
     return written
 
 
+app.command()(export)
+
+
 @app.command(name="import")
 def import_(
     script: Annotated[
@@ -405,13 +410,6 @@ def chat(
         head_size_divisor=head_size_divisor,
     )
     converse(opened)
-
-
-def _special(option: str) -> tuple[str, int]:
-    text, _, number = option.rpartition("=")
-    if not text or not number.isdecimal():
-        raise InputError(f"--special {option}", "must be a text and its token", "write --special '<tool>=65530'")
-    return text, int(number)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv_core import checkpoint, foreign, models
 from rwkv_core.adapters import file, inner, layer
 from rwkv_core.files import sha256
+from rwkv_core.formats import gguf
 from rwkv_core.formats.tuned_state import for_clients, is_part
 
 
@@ -20,7 +21,10 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it can't be read, or is nothing of RWKV.
     """
-    tensors = foreign.named(path) if path.is_file() else {}
+    of_llama = path.suffix == gguf.SUFFIX
+    tensors = foreign.named(path) if path.is_file() and not of_llama else {}
+    if any(name.endswith(".recurrent_state") for name in tensors):
+        tensors = checkpoint.read(path)  # fla's
     parts = {name: x for name, x in tensors.items() if foreign.method(name, x)}
     states, of_states = for_clients(tensors), [name for name in tensors if is_part(name)]
     record = file.read_record(path) if path.is_file() else None
@@ -41,6 +45,8 @@ def describe(path: Path) -> dict[str, Any]:
         shape = models.version_of(tensors, path).shape_of(tensors, models.divisor(path))
         found = {"is": f"a model, RWKV-{shape.version}", **asdict(shape)}
         del found["version"]
+        if of_llama:
+            found |= gguf.about(path)
         if states:
             found["tuned states"] = (
                 f"of {len(states)} blocks; RWKV-7's clients read them from a file of their own alone"

@@ -1,62 +1,239 @@
-"""Files for clients, and a check of every file that is written."""
+"""Files for clients, and a check of every file that is written.
 
-from collections.abc import Mapping
+A model goes through tensor by tensor, as it is written and as it is read back: no file is ever whole in memory.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.head_loss import token_nll
-from rwkv_core import checkpoint, models
+from rwkv_core import checkpoint, huggingface_folder, models
 from rwkv_core.checkpoint import Dtype
-from rwkv_core.errors import Problem
+from rwkv_core.config import ExportConfig
+from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256
-from rwkv_core.formats import tuned_state, web_rwkv
+from rwkv_core.formats import container, gguf, huggingface, q8_0, tuned_state, web_rwkv
+from rwkv_core.models.skeleton import Shape
 from rwkv_core.models.state import mount
+from rwkv_core.tokenizer import VOCAB_SIZE, world
 
 _ROUNDING = 0.1
 """Nats a token that rounding can't explain: 0.003 are what the least change of a weight leads to in bfloat16."""
 
-STATES = {"pth": "state.pth", "st": "model.state"}
-"""Where a tuned state is written, by format; Ai00 wants the ending .state."""
+_GB = 10**9
+
+STATES = {"pth": "state.pth", "st": "model.state", "hf": "state.fla.safetensors"}
+"""Where a tuned state is written, by format; Ai00 wants the ending .state. llama.cpp mounts none."""
 
 
-def export(model: Path, out: Path, formats: tuple[str, ...], dtype: Dtype, state: Path | None = None) -> dict[str, Any]:
-    """Write `model` in each of `formats` into the folder `out`, read each file back, and report.
+class _Source(NamedTuple):
+    """What is exported."""
+
+    tensors: dict[str, Tensor]
+    as_loaded: Dtype
+    """What that means for a .pth: the matrices of a GGUF are of one dtype, and all else of another."""
+    shape: Shape
+    tokenizer: str
+    special: Mapping[str, int]
+
+
+class _Target(NamedTuple):
+    """A file or a folder that is made."""
+
+    name: str
+    write: Callable[[Path], None]
+    holds: torch.dtype | None
+    """What the values must fit; None is each tensor's own."""
+    forms: Callable[[str], tuple[bool, float]] = lambda _: (False, 0.0)
+    """Of a tensor: whether it is packed, and how far a value may be from what it was besides the rounding of its dtype."""
+    left_out: Sequence[str] = ()
+
+
+def export(
+    model: Path,
+    out: Path,
+    config: ExportConfig,
+    *,
+    state: Path | None = None,
+    tokenizer: str = "world",
+    special: Mapping[str, int] | None = None,
+    head_size_divisor: float | None = None,
+) -> dict[str, Any]:
+    """Write `model` in each of the formats into the folder `out`, read each file back, and report.
 
     Args:
-        model: a checkpoint.
+        model: what `checkpoint.read` takes.
         out: the folder.
-        formats: pth, st.
-        dtype: of a .pth; a state file keeps its own, as its readers take bfloat16 and float32 alone.
+        config: the formats, and what is to be chosen in them. A state file keeps its own precision, as its readers take
+            bfloat16 and float32 alone.
         state: a file of a tuned state to write beside it, for clients: without its token shift, if it has that.
+        tokenizer: as in the training's `data.tokenizer`.
+        special: texts that are a token each, as in the training's `data.special_tokens`.
+        head_size_divisor: as of `models.load`.
 
     Returns:
-        The digests of `model` and `state`, and for each format: the file, its digest and size, and what reading it back gave;
-        the same of the state, and how far both files together are from `model` and `state`, in nats a token.
+        The digests of `model` and `state`, and for each file ("pth", "st", "gguf-f16", "hf", ...): its name, digest and size,
+        and what reading it back gave; the same of the state, and how far both files together are from `model` and `state`, in
+        nats a token.
 
     Raises:
-        InputError: the model can't be read, or a value does not fit the format's precision.
+        InputError: the model can't be read, a client has no such model, or a value does not fit the format's precision.
+        WorldError: there is no room, or no permission, or a package is missing.
     """
-    tensors, made_of = checkpoint.read(model), {"sha256": sha256(model)}
-    report = {name: _export(tensors, out / f"model.{name}", name, dtype) for name in formats}
+    source = _source(model, tokenizer, special or {}, head_size_divisor)
+    made_of = {"sha256": sha256(model)}
+    report = {name: _export(source.tensors, out, target) for name, target in _targets(source, config).items()}
     if state is not None:
         made_of["state_sha256"] = sha256(state)
         tuned = tuned_state.for_clients(checkpoint.read(state))
-        precision = torch.bfloat16 if {x.dtype for x in tensors.values()} == {torch.bfloat16} else torch.float32
-        wanted = _nats(model, tuned, precision)
-        for name in formats:
-            entry = _export(tuned, out / STATES[name], name, "as_loaded")
-            got = _nats(out / f"model.{name}", checkpoint.read(out / STATES[name]), precision)
+        precision = torch.bfloat16 if {x.dtype for x in source.tensors.values()} == {torch.bfloat16} else torch.float32
+        wanted = _nats(model, tuned, precision, head_size_divisor)
+        for name in (form for form in config.formats if form in STATES):
+            entry = _export(tuned, out, _state(name, tuned))
+            file = out / report[name]["file"]
+            got = _nats(file, checkpoint.read(out / STATES[name]), precision, head_size_divisor)
             report[name]["state"] = entry | {"change_in_nats": _compare(wanted, got)}
     return {"merged": made_of, "formats": report}
 
 
+def export_state(state: Path, out: Path, formats: Sequence[str]) -> dict[str, Any]:
+    """Write a tuned state for the clients of each format into the folder `out`, read each file back, and report.
+
+    Raises:
+        InputError: it is no state, a format has none, or a value does not fit its precision.
+        WorldError: there is no room, or no permission, or a package is missing.
+    """
+    tuned = tuned_state.for_clients(checkpoint.read(state))
+    if not tuned:
+        raise InputError(str(state), "must have att.time_state of each block", "give a tuned state")
+    without = next((form for form in formats if form not in STATES), None)
+    if without is not None:
+        raise InputError(f"{without} of a state", "its clients mount none", f"take {', '.join(STATES)}")
+    return {
+        "state": {"sha256": sha256(state)},
+        "formats": {form: _export(tuned, out, _state(form, tuned)) for form in formats},
+    }
+
+
+def is_state(path: Path) -> bool:
+    """Whether a file holds a tuned state and nothing else."""
+    names = checkpoint.read(path) if path.is_file() else {}
+    return bool(names) and all(map(tuned_state.is_part, names))
+
+
+def _source(model: Path, tokenizer: str, special: Mapping[str, int], head_size_divisor: float | None) -> _Source:
+    tensors = checkpoint.read(model)
+    version, divisor = models.version_of(tensors, model), models.divisor(model, head_size_divisor)
+    state = next((name for name in tensors if tuned_state.is_part(name)), None)
+    if version is models.RWKV7 and state is not None:
+        raise InputError(
+            f"{model} has {state}",
+            "of RWKV-7 clients read a state from a file of its own",
+            "export the model without it",
+        )
+    as_loaded: Dtype = "fp32" if model.suffix == gguf.SUFFIX and widest(tensors) == torch.float32 else "as_loaded"
+    try:
+        return _Source(tensors, as_loaded, version.shape_of(tensors, divisor), tokenizer, special)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{model}: {error}", "the sizes must fit together", "give a whole checkpoint") from None
+
+
+def _targets(source: _Source, config: ExportConfig) -> dict[str, _Target]:
+    """What is to be made, by the name that the report has for it. What no client reads is refused here, before work starts.
+
+    Raises:
+        InputError: a format has no place for the model.
+        WorldError: a package is missing.
+    """
+    targets: dict[str, _Target] = {}
+    for form in config.formats:
+        match form:
+            case "pth":
+                dtype = source.as_loaded if config.dtype == "as_loaded" else config.dtype
+                targets[form] = _pth("model.pth", source.tensors, dtype)
+            case "st":
+                targets[form] = _st("model.st", source.tensors)
+            case "gguf":
+                targets |= {f"gguf-{kind}": _gguf(source, kind) for kind in config.gguf}
+            case "hf":
+                targets[form] = _hf(source, config.hf.dtype, int(config.hf.part_gb * _GB))
+    return targets
+
+
+def _pth(name: str, tensors: Mapping[str, Tensor], dtype: Dtype) -> _Target:
+    return _Target(name, lambda path: checkpoint.write(path, tensors, dtype), checkpoint.DTYPES.get(dtype))
+
+
+def _st(name: str, tensors: Mapping[str, Tensor]) -> _Target:
+    web_rwkv.check(tensors)
+    return _Target(name, lambda path: web_rwkv.write(path, tensors), torch.float16)
+
+
+def _gguf(source: _Source, form: gguf.Form) -> _Target:
+    tensors, divisor = source.tensors, source.shape.head_size_divisor
+    if source.tokenizer != "world":
+        raise InputError(
+            f"gguf of a model of the tokenizer {source.tokenizer}", "llama.cpp has World's", "export pth or hf"
+        )
+    gguf.check(tensors, form, VOCAB_SIZE, divisor)
+    gguf.library()
+    millions = sum(x.numel() for x in tensors.values()) / 1e6
+    write = partial(
+        gguf.write, tensors=tensors, form=form, table=world().table, special=_checked(source.special),
+        head_size_divisor=divisor, name=f"RWKV-{source.shape.version} {millions:.0f}M",
+    )  # fmt: skip
+    holds = torch.float16 if form in ("f16", "q8_0") else None
+    return _Target(
+        f"model-{form}.gguf", write, holds, partial(gguf.stored, form=form, tensors=tensors), _first_v(tensors)
+    )
+
+
+def _hf(source: _Source, dtype: Dtype, part_bytes: int) -> _Target:
+    tensors, of_world = source.tensors, source.tokenizer == "world" and source.shape.vocab_size == VOCAB_SIZE
+    chosen = checkpoint.DTYPES.get(dtype) or widest(tensors)
+    huggingface.config(source.shape, chosen)
+    write = partial(
+        huggingface_folder.write, tensors=tensors, shape=source.shape, dtype=chosen, part_bytes=part_bytes,
+        table=world().table if of_world else (), special=_checked(source.special) if of_world else None,
+        tokenizer=None if source.tokenizer in ("world", "bytes") else Path(source.tokenizer),
+    )  # fmt: skip
+    return _Target("hf", write, chosen, left_out=_first_v(tensors))
+
+
+def _state(form: str, tuned: Mapping[str, Tensor]) -> _Target:
+    match form:
+        case "pth":
+            return _pth(STATES[form], tuned, "as_loaded")
+        case "st":
+            return _st(STATES[form], tuned)
+    return _Target(STATES[form], lambda path: huggingface.write_state(path, tuned), torch.float32)
+
+
+def _checked(special: Mapping[str, int]) -> Mapping[str, int]:
+    world().with_special(special)
+    return special
+
+
+def _first_v(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What RWKV-7 may have in its first block and never uses: neither llama.cpp nor fla keeps it."""
+    return [name for name in tensors if name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")]
+
+
+def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that holds every value: that of all, or float32 where they differ, as in a GGUF."""
+    found = {x.dtype for x in tensors.values() if x.is_floating_point()}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
 @torch.no_grad()
-def _nats(model: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """(T,), the cross-entropy of each of some tokens after a state, with the usual head size divisor: to compare two files."""
-    loaded = models.load(model, dtype=dtype).eval()
+def _nats(model: Path, state: Mapping[str, Tensor], dtype: torch.dtype, head_size_divisor: float | None) -> Tensor:
+    """(T,), the cross-entropy of each of some tokens after a state: to compare two files."""
+    loaded = models.load(model, dtype=dtype, head_size_divisor=head_size_divisor).eval()
     tokens = torch.arange(1, 34)[None] * 97 % loaded.config.vocab_size
     features, _ = loaded.features(tokens[:, :-1], mount(loaded.initial_state(1), state))
     return token_nll(features.flatten(0, 1), loaded.head.weight, tokens[0, 1:])
@@ -74,40 +251,68 @@ def _compare(wanted: Tensor, got: Tensor) -> float:
     return change
 
 
-def _export(tensors: Mapping[str, Tensor], file: Path, form: str, dtype: Dtype) -> dict[str, Any]:
-    """Write a file, read it back, and report."""
-    if form == "pth":
-        checkpoint.check_values(tensors, checkpoint.DTYPES.get(dtype))
-        checkpoint.write(file, tensors, dtype)
-    else:
-        checkpoint.check_values(tensors, torch.float16)
-        web_rwkv.write(file, tensors)
+def _export(tensors: Mapping[str, Tensor], out: Path, target: _Target) -> dict[str, Any]:
+    """Write a file or a folder, read it back, and report."""
+    path = out / target.name
+    checkpoint.check_values(tensors, target.holds)
+    target.write(path)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    wanted = {name: x for name, x in tensors.items() if name not in target.left_out}
     return {
-        "file": file.name,
-        "sha256": sha256(file),
-        "bytes": file.stat().st_size,
-        **_check(tensors, checkpoint.read(file)),
+        "file": target.name,
+        "sha256": sha256(path),
+        "bytes": sum(file.stat().st_size for file in files),
+        **_check(wanted, checkpoint.each(path), target.forms),
     }
 
 
-def _check(source: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Any]:
+def _check(
+    source: Mapping[str, Tensor], back: Iterable[tuple[str, Tensor]], forms: Callable[[str], tuple[bool, float]]
+) -> dict[str, Any]:
     """What the conversion and its inverse have left of every tensor."""
-    if list(source) != list(back) and set(source) != set(back):
-        missing = sorted(set(source) ^ set(back))
-        raise Problem(
-            f"tensors {', '.join(missing[:3])}", "an export must hold every tensor", "report this as a defect"
-        )
-    largest, flushed, total = 0.0, 0, 0
-    for name, x in source.items():
-        y = back[name]
+    largest, flushed, seen = 0.0, 0, set[str]()
+    mapped = container.mapped_files()
+    for name, y in back:
+        seen.add(name)
+        x = source.get(name)
+        if x is None:
+            break
         if x.shape != y.shape:
             raise Problem(
                 f"{name} came back as {tuple(y.shape)}", f"it was {tuple(x.shape)}", "report this as a defect"
             )
-        exact, got = x.float(), y.float()
-        if not torch.equal(exact.to(y.dtype), y):
-            raise Problem(f"{name} came back changed", "by more than its rounding", "report this as a defect")
-        largest = max(largest, float((exact - got).abs().max()))
-        flushed += int(((got == 0) & (exact != 0)).sum())
-        total += x.numel()
+        packed, slack = forms(name)
+        for exact, got in zip(_some_rows(x), _some_rows(y), strict=True):
+            if exact.dtype == got.dtype and torch.equal(exact, got):
+                continue
+            change = _change(name, exact, got, packed, slack)
+            largest = max(largest, float(change.max()))
+            flushed += int(((got == 0) & (exact != 0)).sum())
+        container.let_go(x, mapped)
+    if seen != source.keys():
+        missing = sorted(seen ^ source.keys())
+        raise Problem(
+            f"tensors {', '.join(missing[:3])}", "an export must hold every tensor", "report this as a defect"
+        )
+    total = sum(x.numel() for x in source.values())
     return {"tensors": len(source), "parameters": total, "largest_rounding": largest, "flushed_to_zero": flushed}
+
+
+def _some_rows(x: Tensor) -> Sequence[Tensor]:
+    """A tensor in parts of some rows, so that what is computed of one stays in the processor's cache."""
+    return x.split(max(1, container.PIECE // max(1, x[0].numel()))) if x.ndim and x.numel() else (x,)
+
+
+def _change(name: str, exact: Tensor, got: Tensor, packed: bool, slack: float) -> Tensor:
+    """How far each value is from what it was."""
+    wide, came = exact.float(), got.float()
+    change = (wide - came).abs()
+    if packed:
+        rounded = change <= q8_0.error(wide) + slack
+    else:
+        rounded = wide.to(got.dtype) == got
+        if slack:
+            rounded |= change <= slack
+    if not rounded.all():
+        raise Problem(f"{name} came back changed", "by more than its rounding", "report this as a defect")
+    return change

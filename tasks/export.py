@@ -9,10 +9,13 @@ from tasks.params import load
 
 
 def export() -> None:
-    """outputs/merged -> outputs/export: model.pth, model.st, conformance.json; of a tuned state, state.pth and model.state."""
+    """outputs/merged -> outputs/export: model.pth, model.st, model-f16.gguf, hf/, conformance.json; of a state, its files."""
     params = load()
     with whole_folder(stage.EXPORT) as out:
-        report = export_files(stage.MODEL, out, params.export.formats, params.export.dtype, stage.mounted())
+        report = export_files(
+            stage.MODEL, out, params.export, state=stage.mounted(), tokenizer=params.data.tokenizer,
+            special=params.data.special_tokens, head_size_divisor=params.model.head_size_divisor,
+        )  # fmt: skip
         write_json(out / "conformance.json", report)
     tracking.publish(Path.cwd(), params.tracking)
     entries = [

@@ -323,9 +323,13 @@ def _exports(version: Version, params: Params) -> Check:
     try:
         folder.mkdir()
         state = stage.mounted(version.folder)
-        made = export(version.model, folder, params.export.formats, params.export.dtype, state)["formats"]
+        divisor = version.record.base["head_size_divisor"]
+        data = params.data
+        made = export(
+            version.model, folder, params.export, state=state, tokenizer=data.tokenizer, special=data.special_tokens,
+            head_size_divisor=divisor,
+        )["formats"]  # fmt: skip
         for entry in made.values():
-            divisor = version.record.base["head_size_divisor"]
             models.load(folder / entry["file"], dtype=torch.float32, head_size_divisor=divisor)
     except Problem as problem:
         return Check(what, str(problem), rule, False)

@@ -45,19 +45,36 @@ class EvaluateConfig(Config):
     samples: SampleConfig
 
 
-class ExportConfig(Config):
-    """Which files to make for which clients."""
+class HuggingFaceConfig(Config):
+    """The folder for Hugging Face's libraries."""
 
-    formats: tuple[Literal["pth", "st"], ...] = Field(min_length=1)
-    """pth: the rwkv package and RWKV Runner. st: web-rwkv and Ai00, fp16."""
+    dtype: Literal["as_loaded", "bf16", "fp16", "fp32"]
+    """Precision of all its tensors."""
+
+    part_gb: float = Field(gt=0)
+    """Largest part of the weights, in gigabytes. A larger model is in several, with an index."""
+
+
+class ExportConfig(Config):
+    """Which files to make for which clients; see docs/export.md."""
+
+    formats: tuple[Literal["pth", "st", "gguf", "hf"], ...] = Field(min_length=1)
+    """pth: the rwkv package and RWKV Runner. st: web-rwkv and Ai00, fp16. gguf: llama.cpp and what is built on it, RWKV-6 and
+    7. hf: a folder for fla, RWKV-6 and 7, or transformers, RWKV-4."""
 
     dtype: Literal["as_loaded", "bf16", "fp16", "fp32"]
     """Precision of the .pth file."""
 
+    gguf: tuple[Literal["f32", "f16", "bf16", "q8_0"], ...] = Field(min_length=1)
+    """A file for each: how the matrices are stored. f16 is read everywhere; q8_0 is half of it."""
+
+    hf: HuggingFaceConfig
+
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        if len(set(self.formats)) < len(self.formats):
-            raise ValueError(f"formats names one twice: {', '.join(self.formats)}")
+        for name, chosen in (("formats", self.formats), ("gguf", self.gguf)):
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{name} names one twice: {', '.join(chosen)}")
         return self
 
 

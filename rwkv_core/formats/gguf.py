@@ -112,10 +112,7 @@ def write(
         InputError: llama.cpp has no such model.
         WorldError: there is no room, or no permission, or the package is missing.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise WorldError("gguf", "the package that writes GGUF is missing", "pip install gguf") from None
+    gguf = library()
     check(tensors, form, len(table), head_size_divisor)
     parts = from_official(tensors, form)
     with whole_file(path) as temporary:
@@ -146,6 +143,19 @@ def write(
                 memory.give_back()
         finally:
             writer.close()
+
+
+def library() -> Any:
+    """The package that writes GGUF.
+
+    Raises:
+        WorldError: it is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise WorldError("gguf", "the package that writes GGUF is missing", "pip install 'rwkv-flow[gguf]'") from None
+    return gguf
 
 
 def version_of(tensors: Mapping[str, Tensor]) -> Literal[6, 7]:
@@ -259,6 +269,25 @@ def lazily(path: Path) -> dict[str, Part]:
     return order.official(makes)
 
 
+def about(path: Path) -> dict[str, Any]:
+    """What a file says for people: its name, how matrices are stored, special tokens and tokens in all.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    metadata, _ = gguf_file.read(path)
+    forms = {number: form for form, number in _FILE_TYPES.items()}
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    special = [text for text, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
+    return {
+        "name": metadata.get("general.name", "none"),
+        "matrices": forms.get(metadata.get("general.file_type"), "of several types"),
+        "tokenizer": f"{metadata.get('tokenizer.ggml.model', 'none')}, {len(tokens)} tokens",
+        "special tokens": special,
+        "ends a turn": metadata.get("tokenizer.ggml.eot_token_id", "nothing"),
+    }
+
+
 def _theirs(name: str, version: int) -> str | None:
     """llama.cpp's name of an official tensor; None if it has none. All mixes of the token shift are in one."""
     module, _, kind = name.rpartition(".")
@@ -331,10 +360,16 @@ def _pieces(x: Tensor, form: Form) -> Iterator[Tensor]:
     return pieces(x, _DTYPES[form])
 
 
-def tolerance(name: str, form: Form, version: int) -> float:
-    """How far a value may be from what it was, besides the rounding of its dtype: halved, more of them are subnormal."""
-    times = _halvings(_theirs(name, version) or "", _rescale(version, form)) if form == "f16" else 0
-    return 2.0 ** (times - 25) if times else 0.0
+def stored(name: str, tensors: Mapping[str, Tensor], form: Form) -> tuple[bool, float]:
+    """Of an official tensor in a file: whether it is packed, and how far a value may be from what it was, besides its rounding.
+
+    What is halved is smaller in the file: more of it is below what float16 holds in full.
+    """
+    version = version_of(tensors)
+    theirs = _theirs(name, version) or ""
+    times = _halvings(theirs, _rescale(version, form))
+    packed = _form(theirs, form) == "q8_0"
+    return packed, 2.0 ** (times - 25) * (127 if packed else 1) if times else 0.0
 
 
 def _describe(writer: Any, tensors: Mapping[str, Tensor], form: Form) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import InputError
+from rwkv_core.files import whole_file
+from rwkv_core.formats import container, tuned_state
 
 
 def _same(x: Tensor) -> Tensor:
@@ -127,6 +129,14 @@ _FROM_FLA |= {
     "ffn.key.linear.weight": ("ffn.key.weight", _same),
     "ffn.receptance.linear.weight": ("ffn.receptance.weight", _same),
 }
+
+
+def _state(x: Tensor) -> Tensor:
+    """(1, H, K, V) -> (H, V, K)."""
+    return x[0].mT.contiguous() if x.ndim == 4 else x
+
+
+_FROM_FLA["attn.recurrent_state"] = ("att.time_state", _state)
 _IN_ROWS = {"x_x": ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"), "x_bias": tuple(f"time_maa_{x}" for x in "rwkvg")}
 
 # transformers' and RWKV's own names of RWKV-4, 5 and 6, part by part
@@ -193,6 +203,22 @@ def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def folded(name: str, x: Tensor, config: Mapping[str, Any]) -> Tensor:
     """A tensor of `from_official` as the config.json has it."""
     return x / config[_FOLDED] if _FOLDED in config and name.endswith(".r_proj.linear.weight") else x
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a tuned state as fla has it in its cache: of each layer (1, H, K, V) in float32, where ours is (H, V, K).
+
+    Raises:
+        WorldError: there is no room, or no permission.
+    """
+    turned = {
+        f"model.layers.{name.split('.')[1]}.attn.recurrent_state": x.mT[None]
+        for name, x in state.items()
+        if name.endswith(f".{tuned_state.WKV}")
+    }
+    with whole_file(path) as temporary:
+        about = {name: (x.shape, torch.float32) for name, x in turned.items()}
+        container.write_safetensors(temporary, about, turned.values())
 
 
 def restore(tensors: dict[str, Tensor], folder: Path) -> None:

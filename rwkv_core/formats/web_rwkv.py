@@ -34,6 +34,23 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         container.write_safetensors(temporary, about, (x for _, x in container.one_by_one(converted)))
 
 
+def check(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what web-rwkv would not load.
+
+    Raises:
+        InputError: it has no such model.
+    """
+    converted = from_official(tensors)
+    of_7 = any(name.endswith(".att.x_r") for name in converted)
+    if of_7 and "blocks.1.att.v1" not in converted:
+        raise InputError(
+            "st of an RWKV-7 of one layer", "web-rwkv looks for a rank in the second", "export pth or gguf"
+        )
+    heads = next((x.shape for name, x in converted.items() if of_7 and name.endswith(".att.r_k")), (0, 64))
+    if heads[1] % 4:
+        raise InputError(f"st of heads of {heads[1]}", "web-rwkv reads four channels at a time", "export pth")
+
+
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint under web-rwkv's names and in its shapes; RWKV-5.1 with a decay and a bonus for each channel, as in 5.2.
 

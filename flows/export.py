@@ -1,0 +1,90 @@
+"""`rwkvflow export`: any model, tuned state or adapter, for any client."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rwkv_core.errors import InputError
+
+FORMATS = ("pth", "st", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "hf", "ai00-lora")
+
+
+def export(
+    model: Annotated[
+        Path, typer.Argument(help="A model in any form, a tuned state, or, for ai00-lora, an adapter of RWKV-Flow.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder for the files and their report.")],
+    formats: Annotated[list[str], typer.Option("--format", help=f"{', '.join(FORMATS)}. May be repeated.")],
+    state: Annotated[Path | None, typer.Option(help="A tuned state to write beside the model.")] = None,
+    dtype: Annotated[
+        Literal["as_loaded", "bf16", "fp16", "fp32"], typer.Option(help="Precision of a .pth and of a folder.")
+    ] = "as_loaded",
+    part_gb: Annotated[float, typer.Option(help="Largest part of a folder's weights.")] = 5.0,
+    base: Annotated[Path | None, typer.Option(help="The model that an adapter was trained on, for its sizes.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="world, bytes, or 20B_tokenizer.json of a Pile model.")] = "world",
+    special: Annotated[
+        list[str] | None, typer.Option(help="A special token of the training: '<tool>=65530'. May be repeated.")
+    ] = None,
+    head_size_divisor: Annotated[
+        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
+    ] = None,
+) -> None:
+    """Write a model for other clients, read every file back, and say what rounding has changed.
+
+    A .gguf, .st or folder goes in as well: with --format pth it becomes an ordinary checkpoint again.
+    """
+    from rwkv_core import ai00
+    from rwkv_core import export as core
+    from rwkv_core.config import ExportConfig
+    from rwkv_core.files import whole_folder, write_json
+
+    if out.exists():
+        raise InputError(str(out), "something is there already", "name another folder, or remove it")
+    unknown = next((form for form in formats if form not in FORMATS), None)
+    if unknown is not None:
+        raise InputError(f"--format {unknown}", f"must be {', '.join(FORMATS)}", "write one of these")
+    if "ai00-lora" in formats and len(formats) > 1:
+        raise InputError("--format ai00-lora", "is of an adapter, all else of a model", "export each alone")
+    with whole_folder(out) as folder:
+        if formats == ["ai00-lora"]:
+            report = ai00.export(model, folder, base)
+        elif core.is_state(model):
+            report = core.export_state(model, folder, formats)
+        else:
+            kinds = [form.removeprefix("gguf-") for form in formats if form.startswith("gguf-")]
+            chosen = {
+                "formats": list(dict.fromkeys(form.partition("-")[0] for form in formats)), "dtype": dtype,
+                "gguf": kinds or ["f16"], "hf": {"dtype": dtype, "part_gb": part_gb},
+            }  # fmt: skip
+            report = core.export(
+                model, folder, ExportConfig.model_validate(chosen), state=state, tokenizer=tokenizer,
+                special=dict(map(special_token, special or ())), head_size_divisor=head_size_divisor,
+            )  # fmt: skip
+        write_json(folder / "conformance.json", report)
+    for line in _told(report):
+        typer.echo(f"{out}/{line}")
+
+
+def special_token(option: str) -> tuple[str, int]:
+    """Text and id of '<tool>=65530'."""
+    text, _, number = option.rpartition("=")
+    if not text or not number.isdecimal():
+        raise InputError(f"--special {option}", "must be a text and its token", "write --special '<tool>=65530'")
+    return text, int(number)
+
+
+def _told(report: dict[str, Any]) -> list[str]:
+    """A line for each file."""
+    if "alpha" in report:
+        return [f"{name}: {entry['bytes']} bytes" for name, entry in report["files"].items()] + [
+            f"conformance.json: {report['matrices']} matrices of rank {report['rank']}, alpha = {report['alpha']:g}"
+        ]
+    lines = []
+    for entry in report["formats"].values():
+        for made in (entry, *([entry["state"]] if "state" in entry else [])):
+            lines.append(
+                f"{made['file']}: {made['bytes']} bytes, {made['tensors']} tensors; "
+                f"rounding of at most {made['largest_rounding']:.3g}, {made['flushed_to_zero']} values became 0"
+            )
+    return lines
