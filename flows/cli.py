@@ -329,14 +329,17 @@ def conform(
         Path, typer.Argument(help="A model as its clients get it: .pth, .st, .gguf, a Hugging Face folder.")
     ],
     against: Annotated[
-        Path | None, typer.Option(help="The model that it was made from. If none: what rwkvflow reads from the file itself.")
+        Path | None,
+        typer.Option(help="The model that it was made from. If none: what rwkvflow reads from the file itself."),
     ] = None,
     state: Annotated[Path | None, typer.Option(help="A tuned state to mount on it: state.pth, model.state.")] = None,
     lora: Annotated[
         Path | None, typer.Option(help="A LoRA for Ai00, to blend into a .st; --against is then the merged model.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Of the LoRA, as Ai00's recipe says.")] = 1.0,
-    structure: Annotated[bool, typer.Option("--structure", help="Run no model: tensors, values and tokens alone.")] = False,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Run no model: tensors, values and tokens alone.")
+    ] = False,
     head_size_divisor: Annotated[
         float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
     ] = None,

@@ -45,7 +45,9 @@ def conform(
             raise InputError(str(path), "nothing is there", "correct the path")
     model = checkpoint.read(against) if against is not None else None
     if lora is not None and model is None:
-        raise InputError(f"--lora {lora[0]}", "what the base becomes with it is not known", "say --against the merged model")
+        raise InputError(
+            f"--lora {lora[0]}", "what the base becomes with it is not known", "say --against the merged model"
+        )
     of_clients = tuned_state.for_clients(checkpoint.read(state)) if state is not None else None
     subjects = [Subject(file)] if lora is None else [Subject(lora[0], file, lora[1])]
     if state is not None:
@@ -71,7 +73,9 @@ def _show(checked: list[Checked], say: Callable[[str], None]) -> None:
         for finding in one.findings:
             table.add_row("yes" if finding.passed else "no", finding.what, finding.found)
         for row in one.logits:
-            told = f"{row.difference:.2g} apart, {row.allowed:.2g} allowed; the same likeliest token at {row.same_top:.1%}"
+            told = (
+                f"{row.difference:.2g} apart, {row.allowed:.2g} allowed; the same likeliest token at {row.same_top:.1%}"
+            )
             table.add_row("yes" if row.passed else "no", f"{row.reader}: logits, {row.prompt}", told)
         console.print(table)
         for said in faults(one):

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "rwkv_core": {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
         "rich", "matplotlib", "jinja2", "bitsandbytes", "deepspeed", "peft", "gguf", "filelock", "pyarrow", "huggingface_hub",
+        "rwkv", "llama_cpp", "transformers",  # clients that conformance runs
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",

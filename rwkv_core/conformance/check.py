@@ -1,8 +1,8 @@
 """A file against the model that it was made from: its structure, and the logits that its clients get from it.
 
-How far logits may be apart is measured, not guessed. A reference of ours, which knows only the format's rules, computes the file
-in float64 and again in float32: how far these two are apart is what float32 does to this very model, and whoever computes in it
-may be `_TIMES` as far from the core. What a client does otherwise by habit, the reference does too, to know how much that changes.
+How far logits may be apart is measured, not guessed. A reference of ours, which knows only the format's rules, computes with the
+file in float64 and again in float32: how far these two are apart is what float32 does to this very model, and who computes in it
+may be `_TIMES` as far from the core. What a client rounds by habit, the reference rounds too, to know how much that changes.
 """
 
 import tempfile
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rwkv_core import checkpoint
@@ -65,7 +66,7 @@ class Logits(NamedTuple):
     same_top: float
     """Share of the positions at which both find the same token the likeliest."""
     decided: float
-    """Share of those at which the core's two likeliest are further apart than twice what is allowed: there it must be the same."""
+    """Share of those whose two likeliest are further apart than twice what is allowed: there the likeliest must be the same."""
     passed: bool
 
 
@@ -93,7 +94,7 @@ class Expected(NamedTuple):
     """What the files were made from."""
 
     model: Mapping[str, Tensor] | None = None
-    """Under the official names; None: what `rwkv_core.checkpoint` reads from each file, so that the readers are compared with it."""
+    """Under the official names; None: what `rwkv_core.checkpoint` reads from each file: the readers are compared with that."""
     state: Mapping[str, Tensor] | None = None
     """The tuned state; None: what is read from its file."""
     merged: Mapping[str, Tensor] | None = None
@@ -145,7 +146,7 @@ class _Case:
     def look(self) -> None:
         """Read the file, and check its structure."""
         try:
-            kind = form(self.subject.path)
+            kind = form(self.file if self.is_state else self.subject.path)
             self.checked.format = "lora" if self.is_lora else f"{kind} state" if self.is_state else kind
             self._look()
         except Unreadable as problem:
@@ -177,7 +178,13 @@ class _Case:
             found.append(structure.world_file(self.file, self._known().table))
         if self.checked.format == "gguf":
             found += structure.vocabulary(self.holder, self._known().table, self._known().digest)
-        vital = {"no tensor is missing", "shapes", "as many states as blocks", "shape of each state", "heads times size"}
+        vital = {
+            "no tensor is missing",
+            "shapes",
+            "as many states as blocks",
+            "shape of each state",
+            "heads times size",
+        }
         self.runs = not vital & {finding.what for finding in found if not finding.passed}
 
     def job(self, folder: Path) -> Job | None:
@@ -187,7 +194,7 @@ class _Case:
             "pth": ("rwkv", "rwkv"), "gguf": ("llama", "llama_cpp"), "hf": ("transformers", "transformers")
         }  # fmt: skip
         reader, package = wanted.get(where, (None, ""))
-        if reader is None or find_spec(package) is None:
+        if reader is None or find_spec(package) is None or (where == "hf" and self.is_state):
             return None
         texts = list(PROMPTS.values())
         if where == "hf" and not _is_our_code(self.file):
@@ -213,6 +220,8 @@ class _Case:
         wanted = core.logits(self.tensors, self.holder, prompts, given)
         exact, plain = reference(np.float64), reference(np.float32)
         allowed = _TIMES * _apart(plain, exact)
+        if self.is_lora:
+            allowed += self._rounding_of_lora(core, wanted)
         self._compare("reference", exact, wanted, allowed)
         if client is None:
             return
@@ -232,6 +241,19 @@ class _Case:
             changed = reference(np.float32, Habits(embedding=True))
             wanted = [want + (new - old) for want, new, old in zip(wanted, changed, plain, strict=True)]
         self._compare(client.reader, client.logits, wanted, allowed)
+
+    def _rounding_of_lora(self, core: Core, wanted: Sequence[Array]) -> float:
+        """What the roundings of either side explain: of matrices that web-rwkv has blended, and of those that were merged."""
+        prompts = self.prompts()
+        of_float16 = _apart(core.logits(self.tensors, None, prompts), wanted)
+        blended = {
+            name: torch.from_numpy(x.values().copy()).view(self.tensors[name].shape)
+            for name, x in self.holder.tensors.items()
+            if name in self.tensors
+        }
+        as_merged = {name: x.to(self.tensors[name].dtype) for name, x in blended.items()}
+        of_merged = _apart(core.logits(as_merged, None, prompts), core.logits(blended, None, prompts))
+        return _HABIT_TIMES * (of_float16 + of_merged)
 
     def _compare(self, reader: str, found: Sequence[Array], wanted: Sequence[Array], allowed: float) -> None:
         for prompt, got, want in zip(PROMPTS, found, wanted, strict=True):
@@ -253,7 +275,9 @@ class _Case:
         same = [[0, *ids] for ids in told["encoded"]] == self.prompts() and told["decoded"] == list(PROMPTS.values())
         self._find("prompts, encoded and decoded", "as ours" if same else "otherwise", "as ours", passed=same)
         right = told["rendered"] == structure.RENDERED
-        self._find("dialogue", "as it must be" if right else repr(told["rendered"]), repr(structure.RENDERED), passed=right)
+        self._find(
+            "dialogue", "as it must be" if right else repr(told["rendered"]), repr(structure.RENDERED), passed=right
+        )
         self._find("eos", str(told["eos"]), "0", passed=told["eos"] == 0)
 
     def _tokens_of_llama(self, client: Answer) -> None:

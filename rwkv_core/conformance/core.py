@@ -32,17 +32,17 @@ def stored(x: Tensor) -> Stored:
     return Stored(raw, _KINDS[x.dtype])
 
 
-def rounded(tensors: Mapping[str, Tensor], holder: Contents) -> dict[str, Tensor]:
+def rounded(tensors: Mapping[str, Tensor], holder: Contents | None) -> dict[str, Tensor]:
     """Tensors in float32, each as what is left of it in the storage that a file has for it.
 
     Args:
         tensors: the model's.
-        holder: the file's. Of Q8_0, whose writers may round half a step either way, its values are taken.
+        holder: the file's; None: they stay. Of Q8_0, whose writers may round half a step either way, its values are taken.
     """
     made = {}
     for name, x in checkpoint.one_by_one(dict(tensors)):
-        kept, values = holder.tensors.get(name), stored(x).values()
-        if kept is not None and name not in layout.UNUSED:
+        kept, values = None if holder is None else holder.tensors.get(name), stored(x).values()
+        if holder is not None and kept is not None and name not in layout.UNUSED:
             scale = np.float32(holder.divisor(name))
             if kept.kind == "Q8_0" and kept.shape == tuple(x.shape):
                 values = kept.values() * scale
@@ -57,21 +57,21 @@ class Core:
 
     def __init__(self, head_size_divisor: float) -> None:
         self._divisor = head_size_divisor
-        self._made: tuple[object, RWKV] | None = None
+        self._made: tuple[object, Mapping[str, Tensor], RWKV] | None = None
 
     @torch.no_grad()
     def logits(
         self,
         tensors: Mapping[str, Tensor],
-        holder: Contents,
+        holder: Contents | None,
         prompts: Sequence[Sequence[int]],
-        state: Mapping[str, Tensor] | None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> list[Array]:
         """(T, V) for each prompt.
 
         Args:
             tensors: the model's.
-            holder: the file that has them: it says how they are rounded.
+            holder: the file that has them: it says how they are rounded; None: not at all.
             prompts: token ids.
             state: what the model begins from.
         """
@@ -82,16 +82,19 @@ class Core:
             found.append(logits[0].numpy())
         return found
 
-    def _model(self, tensors: Mapping[str, Tensor], holder: Contents) -> RWKV:
-        kinds = {name: (_KINDS[x.dtype], holder.tensors[name].kind) for name, x in tensors.items() if name in holder.tensors}
+    def _model(self, tensors: Mapping[str, Tensor], holder: Contents | None) -> RWKV:
+        files = {} if holder is None else holder.kinds
+        kinds = {name: (_KINDS[x.dtype], files.get(name, "F32")) for name, x in tensors.items()}
         lossy = {name: kind for name, kind in kinds.items() if kind not in _EXACT}
-        quantized = any(kind == "Q8_0" for _, kind in lossy.values())
-        which = ({name: x.data_ptr() for name, x in tensors.items()}, lossy, lossy and (holder.rescale, dict(holder.smaller)), quantized and id(holder))
+        divided = (holder.rescale, dict(holder.smaller)) if holder is not None and lossy else ()
+        packed = id(holder) if any(kind == "Q8_0" for _, kind in lossy.values()) else 0
+        which = ({name: x.data_ptr() for name, x in tensors.items()}, lossy, divided, packed)
         if self._made is None or self._made[0] != which:
             self._made = None  # one model in memory
             values = rounded(tensors, holder)
             version = models.version_of(values, Path("the model"))
             with torch.device("meta"):
                 model = version(version.shape_of(values, self._divisor))
-            self._made = which, model.adopt(values).eval()
-        return self._made[1]
+            # the tensors are kept, so that no others come to lie where they do
+            self._made = which, tensors, model.adopt(values).eval()
+        return self._made[2]

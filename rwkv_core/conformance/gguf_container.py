@@ -93,7 +93,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         if kind not in _KINDS:
             raise Unreadable(f"{name} is of ggml's type {kind}; F32, F16, BF16 and Q8_0 are read here")
         if name in found or offset % alignment:
-            raise Unreadable(f"{name} is there twice" if name in found else f"{name} begins at {offset}, which is not aligned")
+            raise Unreadable(
+                f"{name} is there twice" if name in found else f"{name} begins at {offset}, which is not aligned"
+            )
         found[name] = _tensor(name, mapped[begin + offset :], shape, _KINDS[kind])
     return facts, found
 

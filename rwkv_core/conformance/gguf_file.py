@@ -11,9 +11,11 @@ from rwkv_core.conformance import gguf_container, layout
 from rwkv_core.conformance.contents import Contents, Stored, Unreadable
 
 _NORMS = {"ln1": "attn_norm", "ln2": "attn_norm_2", "att.ln_x": "time_mix_ln"}
-_SHARED = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in _NORMS.items() for part in ("weight", "bias")} | {
-    f"att.{one}.weight": f"time_mix_{one}.weight" for one in ("receptance", "key", "value", "output", "gate")
-} | {f"ffn.{one}.weight": f"channel_mix_{one}.weight" for one in ("receptance", "key", "value")}
+_SHARED = (
+    {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in _NORMS.items() for part in ("weight", "bias")}
+    | {f"att.{one}.weight": f"time_mix_{one}.weight" for one in ("receptance", "key", "value", "output", "gate")}
+    | {f"ffn.{one}.weight": f"channel_mix_{one}.weight" for one in ("receptance", "key", "value")}
+)
 _BLOCKS = {
     "6": _SHARED | {
         "att.time_maa_x": "time_mix_lerp_x.weight",
@@ -139,7 +141,7 @@ def _metadata(
 
 
 def unescaped(text: str) -> bytes:
-    """The bytes of a token as llama.cpp reads it: \\t, \\n, \\r, \\xhh, and a backslash before anything else."""
+    """The bytes of a token as llama.cpp reads its text: with t, n, r, xhh, or what stands for itself behind a backslash."""
     made, data, i = bytearray(), text.encode("utf-8"), 0
     while i < len(data):
         if data[i] != 0x5C or i + 1 == len(data):

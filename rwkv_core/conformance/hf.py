@@ -6,6 +6,7 @@ src/transformers/models/rwkv. fla computes in Triton, which has no CPU: its mode
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from rwkv_core.conformance import layout, safetensors_file
 from rwkv_core.conformance.contents import Contents, Stored, Unreadable
+from rwkv_core.conformance.pth import state
 
 _NORMS = {
     f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias") for ours, theirs in (
@@ -82,7 +84,9 @@ def read(path: Path) -> Contents:
     held = tensors(folder)
     try:
         n_layer, channels = int(config["num_hidden_layers"]), int(config["hidden_size"])
-        heads = 1 if version == "4" else int(config["num_heads"]) if version == "6" else channels // int(config["head_dim"])
+        heads = (
+            1 if version == "4" else int(config["num_heads"]) if version == "6" else channels // int(config["head_dim"])
+        )
         eps = float(config.get("layer_norm_epsilon" if version == "4" else "norm_eps", 1e-5))
         size = channels // heads
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -106,9 +110,34 @@ def read(path: Path) -> Contents:
     )
 
 
+_STATE = re.compile(r"model\.layers\.(\d+)\.attn\.recurrent_state")
+
+
+def read_state(path: Path) -> Contents:
+    """A tuned state as fla has it in its cache, (1, H, N, N) a block, rows are keys; brought to rows that are values.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    held, _ = safetensors_file.tensors(path)
+    found, wrong = dict[str, Stored](), list[tuple[str, str, str]]()
+    for name, x in held.items():
+        number = _STATE.fullmatch(name)
+        if number is None or x.raw.ndim != 4 or len(x.raw) != 1:
+            raise Unreadable(f"{name} {x.shape} is no model.layers.N.attn.recurrent_state of one sequence")
+        found[f"blocks.{number[1]}.att.time_state"] = x._replace(raw=x.raw[0], turned=True)
+        if x.kind != "F32":
+            wrong.append(("dtype", f"{name} is {x.kind}", "F32, as fla keeps its states"))
+    return state(found, wrong)
+
+
 def _smaller(config: dict[str, Any]) -> dict[str, float]:
-    """fla's RWKV-6 has no divisor of the head's output: files for it have what makes that output smaller instead."""
-    return {"att.receptance.weight": float(config.get("head_size_divisor", 1.0))} if config["model_type"] == "rwkv6" else {}
+    """The RWKV-6 of fla has no divisor of the head's output: files for it have what makes that output smaller instead."""
+    return (
+        {"att.receptance.weight": float(config.get("head_size_divisor", 1.0))}
+        if config["model_type"] == "rwkv6"
+        else {}
+    )
 
 
 def _as_official(name: str, x: Stored, version: str) -> Stored:

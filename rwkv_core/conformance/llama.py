@@ -1,4 +1,4 @@
-"""Runs llama.cpp, through llama-cpp-python, on a GGUF. Only ever in a process of its own: it aborts on what it does not like."""
+"""Runs llama.cpp, through llama-cpp-python, on a GGUF. Only ever in a process of its own: it aborts on what it dislikes."""
 
 import ctypes
 import os
@@ -49,7 +49,9 @@ def logits(path: Path, prompts: Sequence[Sequence[int]], texts: Sequence[str]) -
     """
     import llama_cpp as api
 
-    log: Any = api.llama_log_callback(lambda level, text, data: os.write(2, text) if level >= 3 else None)  # 3: warnings
+    log: Any = api.llama_log_callback(
+        lambda level, text, data: os.write(2, text) if level >= 3 else None
+    )  # 3: warnings
     api.llama_log_set(log, ctypes.c_void_p(0))
     api.llama_backend_init()
     settings = api.llama_model_default_params()

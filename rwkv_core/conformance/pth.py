@@ -97,11 +97,17 @@ def tensors(path: Path) -> tuple[dict[str, Stored], list[tuple[str, str, str]]]:
             wrong.append(("contiguous", f"{name} has strides {x.stride}", "each tensor lies in one piece, row by row"))
         if x.storage.key in seen:
             wrong.append(
-                ("storage of its own", f"{name} shares that of {seen[x.storage.key]}", "no tensor is a view of another's")
+                (
+                    "storage of its own",
+                    f"{name} shares that of {seen[x.storage.key]}",
+                    "no tensor is a view of another's",
+                )
             )
         elif x.storage.elements != step:
             extra = x.storage.elements - step
-            wrong.append(("storage of its own", f"{name} brings {extra} values that no tensor has", "nothing but the tensors"))
+            wrong.append(
+                ("storage of its own", f"{name} brings {extra} values that no tensor has", "nothing but the tensors")
+            )
         seen[x.storage.key] = name
         item = whole.itemsize
         if x.offset + sum((n - 1) * s for n, s in zip(x.size, x.stride, strict=True)) >= max(len(whole), 1):
@@ -138,7 +144,13 @@ def read(path: Path) -> Contents:
         raise Unreadable(f"{told}: clients look for the official names")
     gated, logarithm = "blocks.0.att.gate.weight" in found, "blocks.0.att.time_first" in found
     wanted = layout.names(version, n_layer, gated=gated, logarithm=logarithm)
-    own = "blocks.0.att.r_k" if version == "7" else "blocks.0.att.time_decay" if version == "5" else "blocks.0.att.time_faaaa"
+    own = (
+        "blocks.0.att.r_k"
+        if version == "7"
+        else "blocks.0.att.time_decay"
+        if version == "5"
+        else "blocks.0.att.time_faaaa"
+    )
     heads = found[own].shape[0] if version != "4" and own in found else 1
     order = [name.rsplit("_", 1)[1] for name in found if name.startswith("blocks.0.att.x_")]
     if version == "7" and order and order != list(layout.LERPS):

@@ -20,7 +20,9 @@ def form(path: Path) -> str:
     if found is None and path.suffix == ".safetensors":
         return "hf" if path.with_name("config.json").is_file() else "st"
     if found is None:
-        raise Unreadable(f"{path.suffix or path.name} is no format that clients of RWKV read: .pth, .st, .gguf, a folder")
+        raise Unreadable(
+            f"{path.suffix or path.name} is no format that clients of RWKV read: .pth, .st, .gguf, a folder"
+        )
     return found
 
 
@@ -44,4 +46,8 @@ def read_state(path: Path) -> Contents:
     Raises:
         Unreadable: they would not load it.
     """
-    return pth.read_state(path) if form(path) == "pth" else web_rwkv.read_state(path)
+    readers = {"pth": pth.read_state, "st": web_rwkv.read_state, "hf": hf.read_state}
+    found = "hf" if path.name.endswith(".fla.safetensors") else form(path)
+    if found not in readers:
+        raise Unreadable(f"{found}: clients of that format mount no state")
+    return readers[found](path)

@@ -3,7 +3,8 @@
 These are the second opinion on `rwkv_core.models`, and share nothing with it. Shapes: T tokens, C channels, H heads, N head
 size, D a low rank. A state is (H, N, N), rows are values, columns are keys.
 Source: what the clients compute: the rwkv package's model.py; web-rwkv's src/runtime/v4.rs to v7.rs and its shaders;
-llama.cpp's src/models/rwkv6-base.cpp and rwkv7-base.cpp. RWKV-7: arXiv:2503.14456, 5 and 6: arXiv:2404.05892, 4: arXiv:2305.13048.
+llama.cpp's src/models/rwkv6-base.cpp and rwkv7-base.cpp. The papers: RWKV-7 arXiv:2503.14456, 5 and 6 arXiv:2404.05892,
+4 arXiv:2305.13048.
 """
 
 from collections.abc import Mapping, Sequence
@@ -146,7 +147,10 @@ class _Pass:
         """The feed-forward part."""
         past = self.before(x) - x
         if self.model.version == "7":
-            return self.linear(_relu_squared(self.linear(x + past * self.vector(f"{ffn}.x_k"), f"{ffn}.key.weight")), f"{ffn}.value.weight")
+            return self.linear(
+                _relu_squared(self.linear(x + past * self.vector(f"{ffn}.x_k"), f"{ffn}.key.weight")),
+                f"{ffn}.value.weight",
+            )
         share = self.mixes(ffn, "kr")
         k = _relu_squared(self.linear(x + past * share["k"], f"{ffn}.key.weight"))
         r = _sigmoid(self.linear(x + past * share["r"], f"{ffn}.receptance.weight"))
@@ -192,7 +196,9 @@ class _Pass:
             bonus = self.get(f"{att}.time_faaaa").reshape(self.model.heads, -1)
         else:
             bonus = np.exp(self.get(f"{att}.time_first")).reshape(self.model.heads, -1)
-        y = self.group_norm(self.fading(att, r, k, v, np.broadcast_to(decay, self.heads(k).shape), bonus), f"{att}.ln_x")
+        y = self.group_norm(
+            self.fading(att, r, k, v, np.broadcast_to(decay, self.heads(k).shape), bonus), f"{att}.ln_x"
+        )
         if gated:
             y = y * _silu(self.linear(x + past * share["g"], f"{att}.gate.weight"))
         return self.linear(y, f"{att}.output.weight")
@@ -206,7 +212,9 @@ class _Pass:
         moves = np.einsum("tid,idc->itc", hidden, self.get(up))
         share = self.mixes(att, "wkvrg")
         xw, xk, xv, xr, xg = (x + past * (share[one] + move) for one, move in zip("wkvrg", moves, strict=True))
-        raw = self.down_up(xw, f"{att}.time_decay_w1", f"{att}.time_decay_w2", np.tanh) + self.vector(f"{att}.time_decay")
+        raw = self.down_up(xw, f"{att}.time_decay_w1", f"{att}.time_decay_w2", np.tanh) + self.vector(
+            f"{att}.time_decay"
+        )
         r, k, v = (
             self.linear(one, f"{att}.{name}.weight") for one, name in ((xr, "receptance"), (xk, "key"), (xv, "value"))
         )

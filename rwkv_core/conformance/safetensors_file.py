@@ -30,7 +30,8 @@ def tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
             header = json.loads(file.read(length))
             about = header.pop("__metadata__", {})
             entries = sorted(
-                (tuple(entry["data_offsets"]), name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
+                (tuple(entry["data_offsets"]), name, entry["dtype"], tuple(entry["shape"]))
+                for name, entry in header.items()
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Unreadable(f"its header can't be read ({error})") from None
@@ -44,8 +45,10 @@ def tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
         at = end
         if 8 + length + end > size:
             raise Unreadable(f"it ends within {name}: the file is cut short")
-        raw = mapped[8 + length + begin : 8 + length + end].view(_NUMPY[kind]) if (8 + length + begin) % 4 == 0 else (
-            np.frombuffer(mapped[8 + length + begin : 8 + length + end].tobytes(), _NUMPY[kind])
+        raw = (
+            mapped[8 + length + begin : 8 + length + end].view(_NUMPY[kind])
+            if (8 + length + begin) % 4 == 0
+            else (np.frombuffer(mapped[8 + length + begin : 8 + length + end].tobytes(), _NUMPY[kind]))
         )
         found[name] = Stored(raw.reshape(shape), kind)
     if 8 + length + at != size:

@@ -48,7 +48,12 @@ def names(contents: Contents) -> list[Finding]:
     )
     found = [
         Finding("no tensor is missing", _listed(lost) or "none", "all that its clients ask for", not lost),
-        Finding("no tensor is left over", _listed(strange) or "none", why if strange else "none that no client knows", not strange),
+        Finding(
+            "no tensor is left over",
+            _listed(strange) or "none",
+            why if strange else "none that no client knows",
+            not strange,
+        ),
         *(Finding(what, seen, rule, False) for what, seen, rule in contents.findings),
     ]
     if not any(what in ("contiguous", "storage of its own") for what, _, _ in contents.findings):
@@ -108,7 +113,12 @@ def values(contents: Contents, source: Mapping[str, Stored]) -> Compared:
     given = [name for name in source if name in contents.tensors]
     counted = ", ".join(f"{list(kinds.values()).count(kind)} {kind}" for kind in sorted(set(kinds.values())))
     findings = [
-        Finding("shapes", _listed(shapes) or "those of the model", "those of the model, in the format's orientation", not shapes),
+        Finding(
+            "shapes",
+            _listed(shapes) or "those of the model",
+            "those of the model, in the format's orientation",
+            not shapes,
+        ),
         Finding("finite", _listed(infinite) or "all", "no infinity and no NaN: float16 ends at 65504", not infinite),
         Finding(
             "values are the model's",
@@ -116,14 +126,17 @@ def values(contents: Contents, source: Mapping[str, Stored]) -> Compared:
             "equal, but for the rounding of each one's storage",
             not wrong,
         ),
-        Finding(
-            "what became zero", f"{flushed:,} of {total:,} ({flushed / max(total, 1):.2%})", "reported", True
-        ),
+        Finding("what became zero", f"{flushed:,} of {total:,} ({flushed / max(total, 1):.2%})", "reported", True),
     ]
     if contents.facts == {} and order != given:
         at = next(i for i, (a, b) in enumerate(zip(order, given, strict=True)) if a != b)
         findings.append(
-            Finding("order", f"{order[at]} where the model has {given[at]}", "reported: only x_r to x_g are read by it", True)
+            Finding(
+                "order",
+                f"{order[at]} where the model has {given[at]}",
+                "reported: only x_r to x_g are read by it",
+                True,
+            )
         )
     return Compared(findings, flushed, total, largest, kinds)
 
@@ -150,7 +163,12 @@ def state(contents: Contents, model: Contents | None) -> list[Finding]:
         )
         heads = next(iter(shapes))[:2] if square else (0, 0)
         found.append(
-            Finding("heads times size", str(math.prod(heads)), f"{channels}, the model's channels", math.prod(heads) == channels)
+            Finding(
+                "heads times size",
+                str(math.prod(heads)),
+                f"{channels}, the model's channels",
+                math.prod(heads) == channels,
+            )
         )
     return found
 
@@ -184,7 +202,9 @@ def vocabulary(contents: Contents, table: Sequence[bytes], digest: str) -> list[
     )
     ends = {end: facts.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos", "eot")}
     right = {"bos": 0, "eos": 0, "eot": next((i for i, entry in enumerate(table) if entry == b"\n\n"), None)}
-    found.append(Finding("bos, eos, eot", _pairs(ends), f"{_pairs(right)}: an answer ends at a blank line", ends == right))
+    found.append(
+        Finding("bos, eos, eot", _pairs(ends), f"{_pairs(right)}: an answer ends at a blank line", ends == right)
+    )
     return [*found, chat_template(facts.get("tokenizer.chat_template"))]
 
 
@@ -194,9 +214,7 @@ DIALOGUE: list[dict[str, str]] = [
     {"role": "assistant", "content": "China."},
     {"role": "user", "content": "And Uluru?"},
 ]
-RENDERED = (
-    "System: Answer in one word.\n\nUser: Where is 长城?\nSay it.\n\nAssistant: China.\n\nUser: And Uluru?\n\nAssistant:"
-)
+RENDERED = "System: Answer in one word.\n\nUser: Where is 长城?\nSay it.\n\nAssistant: China.\n\nUser: And Uluru?\n\nAssistant:"
 
 
 def world_file(folder: Path, table: Sequence[bytes]) -> Finding:
@@ -218,8 +236,9 @@ def world_file(folder: Path, table: Sequence[bytes]) -> Finding:
         return Finding(what, f"it can't be read ({error})", rule, False)
     wrong = [i for i, entry in enumerate(table) if entry and found.get(i) != entry and i < FREE]
     strange = sorted(i for i in found if i >= len(table) or (i < FREE and not table[i]))
-    told = f"token {(wrong or strange)[0]} is another, of {len(wrong) + len(strange)}" if wrong or strange else f"{len(found)} tokens"
-    return Finding(what, told, rule, not wrong and not strange)
+    wrong += strange
+    told = f"{len(wrong)} are others, token {wrong[0]} among them" if wrong else f"{len(found)} tokens"
+    return Finding(what, told, rule, not wrong)
 
 
 def chat_template(template: Any) -> Finding:
@@ -269,12 +288,19 @@ def _diagnosis(name: str, stored: Stored, source: Mapping[str, Stored], contents
     got, want = stored.values(), source[name].values()
 
     def alike(x: Array) -> bool:
-        return x.size == got.size and np.allclose(np.ravel(got), np.ravel(x), rtol=0.02, atol=1e-3 * float(np.abs(x).max()))
+        return x.size == got.size and np.allclose(
+            np.ravel(got), np.ravel(x), rtol=0.02, atol=1e-3 * float(np.abs(x).max())
+        )
 
     if want.ndim > 1 and alike(np.swapaxes(want, -1, -2)):
         return "is not turned as the format wants it"
     times = float(np.abs(got).sum() / max(float(np.abs(want).sum()), 1e-30))
-    if name.endswith(HALVED) and times > 0 and abs(math.log2(times) - round(math.log2(times))) < 0.01 and alike(want * times):
+    if (
+        name.endswith(HALVED)
+        and times > 0
+        and abs(math.log2(times) - round(math.log2(times))) < 0.01
+        and alike(want * times)
+    ):
         return f"is {times:g} times the model's; by what the file says it must be {1 / contents.divisor(name):g} times"
     for other, x in source.items():
         if other != name and _squeezed(x.shape) == _squeezed(source[name].shape) and alike(x.values()):

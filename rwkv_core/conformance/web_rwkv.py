@@ -18,7 +18,8 @@ from rwkv_core.conformance.pth import state
 _ASKED = {
     "4": "time_decay time_first time_mix_k time_mix_v time_mix_r",
     "5": "gate.weight ln_x.weight ln_x.bias",
-    "6": "time_mix_x time_mix_w time_mix_k time_mix_v time_mix_r time_mix_g time_mix_w1 time_mix_w2 time_decay_w1 time_decay_w2",
+    "6": "time_mix_x time_mix_w time_mix_k time_mix_v time_mix_r time_mix_g time_mix_w1 time_mix_w2 "
+    "time_decay_w1 time_decay_w2",
     "7": "x_r x_w x_k x_v x_a x_g w0 w1 w2 a0 a1 a2 g1 g2 r_k k_k k_a",
 }
 _MATRICES = ("key.weight", "value.weight", "receptance.weight", "gate.weight", "output.weight")
@@ -80,7 +81,7 @@ def with_lora(model: Contents, path: Path, alpha: float) -> Contents:
     Args:
         model: from `read`.
         path: the LoRA's file.
-        alpha: of the entry that names it: matrices become W + alpha / rank B A, and any vector in the file replaces the model's.
+        alpha: of the entry that names it: matrices become W + alpha / rank B A; a vector in the file replaces the model's.
 
     Raises:
         Unreadable: a pair is not whole, or fits no matrix.
