@@ -1,8 +1,8 @@
 """A file against the model that it was made from: its structure, and the logits that its clients get from it.
 
-How far logits may be apart is measured, not guessed. A reference of ours, which knows only the format's rules, computes with the
-file in float64 and again in float32: how far these two are apart is what float32 does to this very model, and who computes in it
-may be `_TIMES` as far from the core. What a client rounds by habit, the reference rounds too, to know how much that changes.
+How far logits may be apart is measured, not guessed. A reference of ours, which knows only the rules of the format, computes in
+float64 and again in float32: how far these two are apart is what float32 does to this very model, and who computes in it may be
+`_TIMES` as far from the core. What a client rounds by habit, the reference rounds too, to know how much that changes.
 """
 
 import tempfile

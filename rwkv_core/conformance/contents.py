@@ -72,14 +72,15 @@ class Stored(NamedTuple):
         """float32, in the official orientation; or some of the file's rows."""
         raw = self.raw[rows]
         x = self.decode(raw) if self.decode is not None else PLAIN[self.kind](raw)
-        return np.swapaxes(x, -1, -2) if self.turned else x
+        return np.swapaxes(x, -1, -2) if self.turned and x.ndim > 1 else x
 
     @property
     def shape(self) -> tuple[int, ...]:
         """In the official orientation."""
-        last = self.raw.shape[-1] // 34 * 32 if self.kind == "Q8_0" else self.raw.shape[-1]
-        shape = (*self.raw.shape[:-1], last)
-        return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
+        shape: tuple[int, ...] = self.raw.shape
+        if self.kind == "Q8_0":
+            shape = (*shape[:-1], shape[-1] // 34 * 32)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.turned and len(shape) > 1 else shape
 
 
 @dataclass(frozen=True)

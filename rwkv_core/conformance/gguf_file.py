@@ -126,7 +126,7 @@ def _metadata(
     for key, (name, dimension) in _RANKS[version].items():
         layer = 1 if name == "att.v1" and n_layer > 1 else 0
         tensor = found.get(f"blocks.{layer}.{name}")
-        if tensor is not None:
+        if tensor is not None and len(tensor.shape) > dimension:
             same(key, tensor.shape[dimension])
     eps = facts.get(f"{arch}.attention.layer_norm_epsilon")
     if eps is None or abs(eps - 1e-5) > 1e-9:
@@ -142,7 +142,7 @@ def _metadata(
 
 def unescaped(text: str) -> bytes:
     """The bytes of a token as llama.cpp reads its text: with t, n, r, xhh, or what stands for itself behind a backslash."""
-    made, data, i = bytearray(), text.encode("utf-8"), 0
+    made, data, i = bytearray(), text.encode("utf-8", "surrogateescape"), 0
     while i < len(data):
         if data[i] != 0x5C or i + 1 == len(data):
             if data[i] != 0x5C:
