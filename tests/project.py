@@ -102,6 +102,7 @@ def make(root: Path) -> Project:
         train__optimizer__warmup_steps=2,
         evaluate__ctx_len=64,
         evaluate__resamples=200,
+        export__formats=["pth", "st"],  # llama.cpp has no heads as small as these
     )
     samples = {"prompts": [], "held_out": 1, "max_tokens": 4, "temperature": 0, "top_p": 1}
     project.set(evaluate__samples=samples)

@@ -69,6 +69,7 @@ _MIXES = {6: [f"att.time_maa_{x}" for x in "wkvrg"], 7: [f"att.x_{x}" for x in "
 _LARGE = re.compile(r"(token_embd|output|blk\.\d+\.(time|channel)_mix_(receptance|key|value|output|gate))\.weight")
 _TURNED = re.compile(r"blk\.\d+\.time_mix_([wavg][12]|decay_w[12])\.weight")
 _HALVED = re.compile(r"blk\.(\d+)\.(time_mix_output|channel_mix_value)\.weight")
+_BONUS = re.compile(r"blk\.\d+\.time_mix_r_k\.weight")
 _FUSED = re.compile(r"blk\.(\d+)\.time_mix_lerp_fused\.weight")
 _KIND = re.compile(r"\.(receptance|key|value|output|gate|ln_x)$|^ln.$")
 """What official names have ".weight" or ".bias" behind."""
@@ -246,6 +247,8 @@ def lazily(path: Path) -> dict[str, Part]:
     version: Literal[6, 7] = 6 if architecture == "rwkv6" else 7
     rescale = int(metadata.get(f"{architecture}.rescale_every_n_layers", 0))
     head_size = int(metadata.get(f"{architecture}.wkv.head_size", 0))
+    if any(x.data.numel() % max(head_size, 1) or not head_size for name, x in stored.items() if _BONUS.fullmatch(name)):
+        raise InputError(f"{path}: heads of {head_size}", "must share the channels", "download it again")
     ours = {theirs: official for official, theirs in _NAMES[version].items()}
     outside = {theirs: official for official, theirs in _OUTSIDE.items()}
     makes: dict[str, Part] = {}
@@ -340,7 +343,7 @@ def _official(theirs: str, found: gguf_file.Stored, halvings: int, head_size: in
     x = _halved(found.values(), halvings, 1).to(found.dtype)
     if _TURNED.fullmatch(theirs):
         return x.mT.contiguous()
-    if theirs.endswith(".time_mix_r_k.weight"):
+    if _BONUS.fullmatch(theirs):
         return x.view(-1, head_size)
     return x.view(1, 1, -1) if _VECTOR.search(theirs) else x
 

@@ -116,8 +116,11 @@ def test_a_missing_section_is_named(edited, section):
         ("schedule: cosine", "schedule: constant", "lr_final"),
         ("betas: [0.9, 0.99]", "betas: [0.9, 1.0]", "betas"),
         ("ctx_len: 256", "ctx_len: 1", "ctx_len"),
-        ("formats: [pth, st]", "formats: []", "formats"),
-        ("formats: [pth, st]", "formats: [pth, pth]", "formats"),
+        ("formats: [pth, st, gguf]", "formats: []", "formats"),
+        ("formats: [pth, st, gguf]", "formats: [pth, pth]", "formats"),
+        ("gguf: [f16]", "gguf: [f16, f16]", "gguf names one twice"),
+        ("gguf: [f16]", "gguf: [q4_0]", "export.gguf"),
+        ("part_gb: 5", "part_gb: 0", "part_gb"),
         ("lr_final: 0.0002", "lr_final: 0.02", "lr_final"),
     ],
 )
