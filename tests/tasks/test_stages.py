@@ -23,6 +23,7 @@ from rwkv_core.files import sha256
 def done(tmp_path_factory):
     """A project in which every stage has run, in order."""
     project = make(tmp_path_factory.mktemp("done"))
+    project.set(export__conformance="full")
     project.said = {
         name: project.stage(name).stdout for name in ("prepare", "preview", "train", "merge", "evaluate", "export")
     }
@@ -80,8 +81,14 @@ def test_evaluate_compares_and_reports(done):
 
 
 def test_export_writes_what_it_checked(done):
-    report = done.json("outputs/export/conformance.json")["formats"]
-    assert set(report) == {"pth", "st"}
+    whole = done.json("outputs/export/conformance.json")
+    assert set(whole["formats"]) == {"pth", "st"}
+    verdict = whole["conformance"]
+    assert (verdict["passed"], verdict["mode"]) == (True, "full")
+    assert verdict["conforms"] == "pth (rwkv 0.8.32), st (reference)"
+    assert f"conforms: {verdict['conforms']}" in done.said["export"]
+    assert [len(file["logits"]) for file in verdict["files"]] == [6, 3]
+    assert "| model.pth | pth | rwkv 0.8.32 |" in (done.root / "outputs/export/conformance.md").read_text()
     merged, exported = (checkpoint.read(done.root / f"outputs/{p}/model.pth") for p in ("merged", "export"))
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
 
@@ -227,7 +234,7 @@ def bad_inputs():
     yield "merge", lambda p: truncate(p.root / "outputs/train/adapter.pth", 0.7), ["adapter.pth", "cut short"]
     yield "evaluate", lambda p: truncate(p.root / "outputs/merged/model.pth", 0.7), ["model.pth", "cut short"]
     yield "evaluate", lambda p: truncate(p.root / "outputs/data/valid.bin", 0.5), ["valid.bin", "its index says"]
-    yield "export", setting(export__formats=["gguf"]), ["gguf", "'pth' or 'st'"]
+    yield "export", setting(export__formats=["gguf"]), ["gguf of heads of 8", "llama.cpp computes with 64 and 128"]
 
 
 def quick_and_slow(cases):
