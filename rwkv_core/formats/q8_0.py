@@ -16,7 +16,7 @@ BYTES = 2 + BLOCK
 def pack(x: Tensor) -> Tensor:
     """(..., n) of a multiple of 32 values -> (..., n / 32 * 34) of uint8: what ggml's own reference gives, to the bit."""
     blocks = x.to(torch.float32).reshape(-1, BLOCK)
-    scale = torch.linalg.vector_norm(blocks, torch.inf, dim=1, keepdim=True).div_(127)
+    scale = blocks.abs().amax(dim=1, keepdim=True).div_(127)  # torch's own norm takes eight times as long
     inverse = torch.where(scale == 0, 0.0, 1 / scale)  # of the exact scale, not of the rounded one
     scaled = blocks * inverse
     whole = scaled.trunc()

@@ -1,15 +1,33 @@
 import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import checkpoints
 import pytest
+import random_models
 import torch
+from safetensors.torch import load_file
 
 from rwkv_core import checkpoint, models
+from rwkv_core import export as core
+from rwkv_core.config import ExportConfig
 from rwkv_core.errors import InputError, Problem
-from rwkv_core.export import export
+from rwkv_core.export import export_state
 from rwkv_core.files import sha256
+from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.models.state import mount
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def export(model, out, formats, dtype, state=None, **more):
+    """With the usual settings of what the formats don't name: float16 in a .gguf, a folder as the model is."""
+    usual = {"gguf": ["f16"], "hf": {"dtype": "as_loaded", "part_gb": 5}}
+    kinds = {key: more.pop(key) for key in ("gguf", "hf") if key in more}
+    config = ExportConfig.model_validate(usual | {"formats": formats, "dtype": dtype} | kinds)
+    return core.export(model, out, config, state=state, **more)
 
 
 @pytest.fixture
@@ -123,25 +141,29 @@ def test_what_vanishes_is_counted(model, out, tmp_path):
 
 def test_a_damaged_conversion_is_found(model, out, monkeypatch):
     """The file is read back, not trusted."""
-    whole = checkpoint.read
+    whole = checkpoint.each
 
     def damaged(change):
-        def read(path):
-            tensors = whole(path)
-            if path.suffix == ".st":
-                change(tensors)
-            return tensors
+        def each(path):
+            tensors = dict(whole(path))
+            change(tensors)
+            return iter(tensors.items())
 
-        return read
+        return each
 
     for change in (
         lambda t: t.pop("ln_out.bias"),
+        lambda t: t.update(more=t["ln_out.bias"]),
         lambda t: t["ln_out.bias"].mul_(1.01),
+        lambda t: t["blocks.2.att.key.weight"].neg_(),
+        lambda t: t["emb.weight"][-1, -1:].add_(1),
         lambda t: t.update({"ln_out.bias": t["ln_out.bias"][:3]}),
     ):
-        monkeypatch.setattr(checkpoint, "read", damaged(change))
-        with pytest.raises(Exception, match="report this as a defect"):
+        monkeypatch.setattr(checkpoint, "each", damaged(change))
+        with pytest.raises(Problem, match="report this as a defect"):
             export(model, out, ("st",), "as_loaded")
+    monkeypatch.setattr(checkpoint, "each", whole)
+    export(model, out, ("st",), "as_loaded")
 
 
 def test_what_web_rwkv_has_no_form_for_is_refused(out, tmp_path):
@@ -208,7 +230,195 @@ def test_a_turned_state_is_found(model, state, out, monkeypatch):
         tensors = whole(path)
         return {name: x.mT for name, x in tensors.items()} if path.name == "model.state" else tensors
 
-    monkeypatch.setattr("rwkv_core.export._check", lambda source, back: {})
+    monkeypatch.setattr("rwkv_core.export._check", lambda source, back, forms: {})
     monkeypatch.setattr(checkpoint, "read", turned)
     with pytest.raises(Problem, match=r"after the exported state a token changes by .* nats: rounding is less than"):
         export(model, out, ("st",), "as_loaded", state)
+
+
+WORLD = 65536
+
+
+@pytest.fixture(scope="module", params=["6", "7"])
+def world_model(request, tmp_path_factory):
+    """Of World's vocabulary, and of more blocks than RWKV-6 adds up before it halves."""
+    made = random_models.make(version=request.param, n_layer=7, n_embd=64, head_size=64, vocab_size=WORLD, layer_0=True)
+    path = tmp_path_factory.mktemp("world") / "model.pth"
+    checkpoint.write(path, made.state_dict(), "bf16")
+    return path
+
+
+ALL = ("pth", "st", "gguf", "hf")
+FILES = {
+    "pth": "model.pth", "st": "model.st", "hf": "hf",
+    **{f"gguf-{form}": f"model-{form}.gguf" for form in ("f32", "f16", "bf16", "q8_0")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(world_model, tmp_path_factory):
+    """Report and folder of every format at once."""
+    out = tmp_path_factory.mktemp("exported")
+    return export(world_model, out, ALL, "as_loaded", gguf=["f32", "f16", "bf16", "q8_0"]), out
+
+
+def test_every_format_is_written_and_checked(world_model, exported):
+    report, out = exported
+    assert {name: entry["file"] for name, entry in report["formats"].items()} == FILES
+    source = checkpoint.read(world_model)
+    unused = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+    for name, entry in report["formats"].items():
+        path = out / entry["file"]
+        assert entry["sha256"] == sha256(path)
+        files = [path] if path.is_file() else list(path.iterdir())
+        assert entry["bytes"] == sum(file.stat().st_size for file in files)
+        kept = source.keys() - (unused if name.startswith(("gguf", "hf")) else set())
+        back = checkpoint.read(path)
+        assert back.keys() == kept
+        change = {n: (back[n].float() - source[n].float()).abs().max() for n in kept}
+        assert entry["largest_rounding"] == pytest.approx(max(map(float, change.values())), abs=1e-9)
+        assert entry["flushed_to_zero"] == sum(int(((source[n] != 0) & (back[n] == 0)).sum()) for n in kept)
+        assert (entry["largest_rounding"] == 0) == (name in ("pth", "hf", "gguf-f32", "gguf-bf16"))
+        bound = 0.01 * max(float(x.abs().max()) for x in source.values())
+        assert entry["largest_rounding"] < (bound if name == "gguf-q8_0" else 1e-3)
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_every_format_goes_back(form, world_model, exported, out):
+    """And is then, but for rounding and what nothing uses, the checkpoint that it was made of."""
+    source = checkpoint.read(world_model)
+    export(exported[1] / FILES[form], out, ("pth",), "bf16")
+    back = checkpoint.read(out / "model.pth")
+    exact = form not in ("st", "gguf-f16", "gguf-q8_0")
+    assert [name for name in source if name in back] == list(back)
+    assert len(source) - len(back) <= 3
+    for name, x in back.items():
+        if exact:
+            assert torch.equal(x, source[name]), name
+        else:
+            far = (x.float() - source[name].float()).abs().max()
+            assert far <= 0.01 * source[name].abs().max().float(), name
+    models.load(out / "model.pth")
+
+
+def test_a_gguf_as_loaded_is_of_one_dtype(exported, out):
+    """Its matrices and all else are of two, and no model computes in both."""
+    export(exported[1] / "model-f16.gguf", out, ("pth",), "as_loaded")
+    assert {x.dtype for x in checkpoint.read(out / "model.pth").values()} == {torch.float32}
+    assert models.load(exported[1] / "model-f16.gguf", dtype=torch.float32).config.n_layer == 7
+
+
+@pytest.mark.parametrize("version", ["4", "5.0", "5.1", "5.2", "6", "7"])
+def test_every_version_in_every_format_that_has_it(version, out, tmp_path):
+    """As the clients have it: who has none, says so."""
+    made = random_models.make(version=version, n_embd=64, head_size=1 if version == "4" else 64, vocab_size=96)
+    checkpoint.write(tmp_path / "model.pth", made.state_dict())
+    for form in ("pth", "st", "hf"):
+        refused = (form == "st" and version in ("5.0",)) or (form == "hf" and version.startswith("5"))
+        if refused:
+            with pytest.raises(InputError, match=r"RWKV-5"):
+                export(tmp_path / "model.pth", out, (form,), "as_loaded")
+            continue
+        for dtype in ("as_loaded", "bf16", "fp16", "fp32"):
+            report = export(tmp_path / "model.pth", out, (form,), dtype, hf={"dtype": dtype, "part_gb": 1e-5})
+            back = checkpoint.read(out / report["formats"][form]["file"])
+            wanted = torch.float16 if form == "st" else checkpoint.DTYPES.get(dtype, torch.float32)
+            for name, x in made.state_dict().items():
+                folded = (form, version, wanted) == ("hf", "6", torch.float16) and name.endswith(
+                    "att.receptance.weight"
+                )
+                atol = 2**-22 if folded else 0  # an eighth of it was stored
+                torch.testing.assert_close(back[name].to(wanted), x.to(wanted), rtol=0, atol=atol)
+        assert models.load(out / report["formats"][form]["file"]).config.version == version
+    with pytest.raises(InputError, match="gguf of a"):  # here of another vocabulary
+        export(tmp_path / "model.pth", out, ("gguf",), "as_loaded")
+
+
+@pytest.mark.parametrize(
+    ("model", "formats", "more", "found"),
+    [
+        ({"n_layer": 1}, ("st",), {}, "st of an RWKV-7 of one layer: web-rwkv looks for a rank in the second"),
+        ({"n_embd": 30, "head_size": 6}, ("st",), {}, "st of heads of 6: web-rwkv reads four channels at a time"),
+        ({}, ("hf",), {}, "hf of heads of 8 that are divided by 8: fla has another epsilon in their norm; export pth"),
+        ({"version": "6"}, ("hf",), {"head_size_divisor": 4.0}, "hf of heads of 8 that are divided by 4"),
+        ({"head_size": 32, "vocab_size": WORLD}, ("gguf",), {}, "gguf of heads of 32"),
+        ({}, ("gguf",), {"tokenizer": "bytes"}, "gguf of a model of the tokenizer bytes: llama.cpp has World's"),
+        ({"n_embd": 64, "head_size": 64, "vocab_size": WORLD}, ("gguf",), {"special": {"x": 65530}}, "special token 'x'"),
+    ],
+)  # fmt: skip
+def test_what_a_client_has_no_place_for_is_refused_before_any_work(model, formats, more, found, out, tmp_path):
+    checkpoint.write(tmp_path / "model.pth", random_models.make(**model).state_dict())
+    with pytest.raises(InputError, match=found) as caught:
+        export(tmp_path / "model.pth", out, ("pth", *formats), "as_loaded", **more)
+    assert all((caught.value.value, caught.value.rule, caught.value.remedy))
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("formats", ["pth", "st", "hf"])
+def test_a_state_in_the_file_of_an_rwkv_7_is_refused(formats, model, out, tmp_path):
+    tensors = checkpoint.read(model) | {"blocks.0.att.time_state": torch.zeros(4, 8, 8)}
+    checkpoint.write(tmp_path / "both.pth", tensors)
+    with pytest.raises(
+        InputError, match=r"has blocks\.0\.att\.time_state: of RWKV-7 clients read a state from a file of its"
+    ):
+        export(tmp_path / "both.pth", out, (formats,), "as_loaded")
+
+
+def test_a_state_for_each_engine_by_hand(state, out):
+    """Runner's as it is, (H, V, K); Ai00's turned around in float16; fla's (1, H, K, V) in float32."""
+    report = export_state(state, out, ("pth", "st", "hf"))
+    source = {name: x for name, x in torch.load(state).items() if name.endswith(".time_state")}
+    assert {entry["tensors"] for entry in report["formats"].values()} == {3}
+    runner = torch.load(out / "state.pth", weights_only=True)
+    ai00, _ = read_safetensors(out / "model.state")
+    fla = load_file(out / "state.fla.safetensors")
+    assert list(runner) == list(source)
+    for i, (name, x) in enumerate(source.items()):
+        of_fla = fla[f"model.layers.{i}.attn.recurrent_state"]
+        assert of_fla.shape == (1, 4, 8, 8)
+        assert of_fla.dtype == torch.float32
+        for h in range(4):
+            for value in range(0, 8, 3):
+                for key in range(8):
+                    number = x[h, value, key]
+                    assert runner[name][h, value, key] == number
+                    assert ai00[name][h, key, value] == number.half()
+                    assert of_fla[0, h, key, value] == number
+    for file in ("state.pth", "state.fla.safetensors"):
+        back = checkpoint.read(out / file)
+        assert all(torch.equal(back[name].float(), x.float()) for name, x in source.items())
+    with pytest.raises(InputError, match="gguf of a state: its clients mount none"):
+        export_state(state, out, ("gguf",))
+    assert core.is_state(state)
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    """A model of 200 MB in parts of 4 MB: as files are written and read back, no more than some parts are in memory."""
+    code = """
+import sys
+from pathlib import Path
+from benchmarks.prepare import high_water
+from rwkv_core import export
+from rwkv_core.config import ExportConfig
+from rwkv_core.tokenizer import world
+import gguf, safetensors.torch
+world()
+config = ExportConfig.model_validate_json(sys.argv[3])
+before = high_water("self")
+export.export(Path(sys.argv[1]), Path(sys.argv[2]), config)
+print(high_water("self") - before)
+"""
+    sizes = {"n_layer": 16, "n_embd": 512, "head_size": 64, "vocab_size": WORLD}
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in RWKV7(RWKV7.new_shape(**sizes)).state_dict().items()}
+    about = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    checkpoint.write_each(
+        tmp_path / "model.pth", about, (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes.values())
+    )
+    size, largest = (tmp_path / "model.pth").stat().st_size, WORLD * 512 * 2
+    assert size > 2.4e8
+    config = {"formats": ALL, "dtype": "fp32", "gguf": ["f16", "q8_0"], "hf": {"dtype": "as_loaded", "part_gb": 1}}
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pth"), str(tmp_path / "out"), json.dumps(config)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert int(done.stdout) < 3 * largest  # the largest as it is, and in float32
