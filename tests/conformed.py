@@ -32,9 +32,7 @@ def write(folder: Path, made: RWKV, form: str, name: str = "model") -> Path:
         case "hf":
             path = folder / name
             table = world().table if of_world else ()
-            huggingface_folder.write(
-                path, tensors, made.config, torch.bfloat16, part_bytes=20_000_000, table=table
-            )
+            huggingface_folder.write(path, tensors, made.config, torch.bfloat16, part_bytes=20_000_000, table=table)
         case _:
             path = folder / f"{name}-{form}.gguf"
             gguf.write(path, tensors, form, world().table)

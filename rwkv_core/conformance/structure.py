@@ -89,7 +89,7 @@ def values(contents: Contents, source: Mapping[str, Stored]) -> Compared:
         stored = contents.tensors.get(name)
         if stored is None:
             continue
-        fits = _fitted(stored, source[name])
+        fits = _fitted(name, stored, source[name])
         if fits is None:
             shapes.append(f"{name} is {stored.shape}, of the model {source[name].shape}")
             continue
@@ -261,13 +261,13 @@ def chat_template(template: Any) -> Finding:
     return Finding(what, "renders it so" if got == RENDERED else repr(got), rule, got == RENDERED)
 
 
-def _fitted(stored: Stored, want: Stored) -> Iterator[tuple[Array, Array]] | None:
+def _fitted(name: str, stored: Stored, want: Stored) -> Iterator[tuple[Array, Array]] | None:
     """Both tensors in the model's shape, piece by piece; None if they do not fit each other."""
     shape = want.shape
     repeated = len(shape) == 1 and len(stored.shape) == 2 and stored.shape[0] == shape[0] and stored.shape[1] > 1
     if repeated:  # RWKV-5.1 has a value a head, and its .st one a channel
         return iter([(stored.values(), np.broadcast_to(want.values()[:, None], stored.shape))])
-    flat = len(shape) == 2 and stored.shape == (math.prod(shape),)  # RWKV-7's r_k in GGUF
+    flat = name.endswith(".r_k") and stored.shape == (math.prod(shape),)  # as GGUF has it
     if _squeezed(stored.shape) != _squeezed(shape) and not flat:
         return None
     if len(shape) != 2 or stored.turned or stored.shape != shape or math.prod(shape) <= _PIECE:
