@@ -1,6 +1,6 @@
 """Export of a 1.5B RWKV-7 to each format: speed beside a plain copy of the disk, and memory beyond the largest tensor.
 
-python -m benchmarks.export [FOLDER]    FOLDER, the system's for temporary files by default, needs 12 GB
+python -m benchmarks.export [FOLDER] [FORMAT ...]    FOLDER, the system's for temporary files by default, needs 12 GB
 
 Each export is a process of its own: it writes the files, reads each back and compares it value by value, and takes the digests
 of what went in and came out. "whole" is all of that. "written" is the writing alone, with the check of the values that every
@@ -123,7 +123,7 @@ def main() -> None:
             "| copy MB/s | written / copy | memory beyond, MB |"
         )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for form in FORMATS:
+        for form in sys.argv[2:] or FORMATS:
             print(measure(form, folder / "model.pth", folder, largest), flush=True)
 
 

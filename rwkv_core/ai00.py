@@ -82,7 +82,7 @@ def export(adapter: Path, out: Path, base: Path | None = None) -> dict[str, Any]
     with whole_file(out / LORA) as temporary:
         container.write_safetensors(temporary, about, converted.values())
     with whole_file(out / RECIPE) as temporary:
-        temporary.write_text(f'[[lora]]\nalpha = {alpha:g}\npath = "{LORA}"\n', encoding="utf-8")
+        temporary.write_text(f'[[lora]]\nalpha = {alpha!r}\npath = "{LORA}"\n', encoding="utf-8")
     files = [LORA, RECIPE]
     if state:
         web_rwkv.write(out / STATE, tuned_state.for_clients(state))
@@ -146,12 +146,12 @@ def _sorted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
             state[name] = x
         elif _MATRIX.fullmatch(module) and part in _PARTS:
             beside.setdefault(module, {})[part] = x
-        elif x.squeeze().ndim <= 1 and name.startswith("blocks."):
+        elif x.squeeze().ndim <= 1 and name.startswith(("blocks.", "ln_out.")):
             vectors[name] = x
         else:
             raise InputError(
                 f"ai00 with {name}",
-                "beside matrices of a block it mounts vectors of one alone",
+                "it mounts pairs beside the matrices of a block, and vectors",
                 "merge the adapter, and export the model as st",
             )
     return beside, vectors, state

@@ -38,7 +38,7 @@ Mode = Literal["full", "structure"]
 
 _TIMES = 16
 """Two programs that add in another order are about as far apart as either is from the truth. The most that was measured, over
-all versions, is 4 times."""
+all versions, is 3.2 times."""
 
 _HABIT_TIMES = 4
 """The same, of what llama.cpp rounds before it multiplies: where that falls is chance, how much it is is not."""

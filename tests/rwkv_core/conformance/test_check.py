@@ -367,7 +367,7 @@ def test_lerps_out_of_order_are_found(faulty):
 
 def test_a_pair_that_is_not_turned_is_found(faulty):
     said = faulty(_TURNED=re.compile(r"blk\.\d+\.time_mix_([wag][12]|decay_w[12])\.weight"))
-    assert "shapes: blocks.1.att.v1 is (512,), of the model (128, 4)" in said
+    assert "blocks.1.att.v1 is (512,), of the model (128, 4)" in said
 
 
 def test_the_first_block_without_v0_is_found(faulty, monkeypatch):

@@ -1,0 +1,79 @@
+"""`rwkvflow export`."""
+
+import json
+import sys
+
+import golden_adapters as golden
+import pytest
+import random_models
+import torch
+
+from flows import cli
+from rwkv_core import checkpoint
+
+
+def say(monkeypatch, capsys, *words):
+    """The exit status, and what was said on both streams."""
+    monkeypatch.setattr(sys, "argv", ["rwkvflow", "export", *map(str, words)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        said = capsys.readouterr()
+    return ended.value.code, said.out + said.err
+
+
+@pytest.fixture
+def model(tmp_path):
+    made = random_models.make(n_embd=64, head_size=64, vocab_size=96)
+    checkpoint.write(tmp_path / "model.pth", made.state_dict())
+    return tmp_path / "model.pth"
+
+
+def test_a_model_goes_through_every_form_and_back(model, tmp_path, monkeypatch, capsys):
+    code, said = say(
+        monkeypatch, capsys, model, tmp_path / "one", "--format", "hf", "--format", "st", "--dtype", "fp32"
+    )
+    assert code == 0
+    assert f"{tmp_path / 'one'}/model.st: " in said
+    assert set(json.loads((tmp_path / "one/conformance.json").read_text())["formats"]) == {"hf", "st"}
+    code, _ = say(monkeypatch, capsys, tmp_path / "one/hf", tmp_path / "two", "--format", "pth")
+    assert code == 0
+    assert (tmp_path / "two/model.pth").read_bytes() == model.read_bytes()
+
+
+def test_a_state_and_a_lora_are_what_they_are(tmp_path, monkeypatch, capsys):
+    checkpoint.write(tmp_path / "state.pth", {f"blocks.{i}.att.time_state": torch.ones(2, 4, 4) for i in range(2)})
+    code, _ = say(monkeypatch, capsys, tmp_path / "state.pth", tmp_path / "states", "--format", "st", "--format", "hf")
+    assert code == 0
+    assert {path.name for path in (tmp_path / "states").iterdir()} == {
+        "model.state", "state.fla.safetensors", "conformance.json",
+    }  # fmt: skip
+    lora = golden.FOLDER / "own-bone.pth"
+    base = golden.FOLDER / "base-7.pth"
+    code, said = say(monkeypatch, capsys, lora, tmp_path / "lora", "--format", "ai00-lora", "--base", base)
+    assert code == 0
+    assert "12 matrices of rank 4, alpha = 4" in said
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"lora.st", "lora.toml", "conformance.json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--format", "bin"), "--format bin: must be pth, st, gguf-f32"),
+        (("--format", "pth", "--format", "ai00-lora"), "--format ai00-lora: is of an adapter, all else of a model"),
+        (("--format", "gguf-q8_0"), "gguf of a model of 96 tokens: llama.cpp has World's tokenizer"),
+        (("--format", "pth", "--special", "x"), "--special x: must be a text and its token"),
+    ],
+)
+def test_what_cannot_be_is_said_and_leaves_nothing(words, found, model, tmp_path, monkeypatch, capsys):
+    code, said = say(monkeypatch, capsys, model, tmp_path / "out", *words)
+    assert code == 1
+    assert found in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(model, tmp_path, monkeypatch, capsys):
+    code, said = say(monkeypatch, capsys, model, tmp_path, "--format", "pth")
+    assert code == 1
+    assert "something is there already" in said
