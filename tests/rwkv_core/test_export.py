@@ -417,12 +417,8 @@ print(high_water("self") - before)
     )
     size, largest = (tmp_path / "model.pth").stat().st_size, WORLD * 512 * 2
     assert size > 2.4e8
-<<<<<<< HEAD
-    config = {"formats": ALL, "dtype": "fp32", "gguf": ["f16", "q8_0"], "hf": {"dtype": "as_loaded", "part_gb": 1}}
-    config["conformance"] = "structure"
-=======
     config = {"formats": ALL, "dtype": "bf16", "gguf": ["f16", "q8_0"], "hf": {"dtype": "as_loaded", "part_gb": 1}}
->>>>>>> 409088ce677721915db778595957b01ae6132b9d
+    config["conformance"] = "structure"
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "model.pth"), str(tmp_path / "out"), json.dumps(config)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
