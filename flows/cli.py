@@ -342,6 +342,38 @@ def inspect(
 
 
 @app.command()
+def conform(
+    file: Annotated[
+        Path, typer.Argument(help="A model as its clients get it: .pth, .st, .gguf, a Hugging Face folder.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The model that it was made from. If none: what rwkvflow reads from the file itself."),
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="A tuned state to mount on it: state.pth, model.state.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="A LoRA for Ai00, to blend into a .st; --against is then the merged model.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Of the LoRA, as Ai00's recipe says.")] = 1.0,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Run no model: tensors, values and tokens alone.")
+    ] = False,
+    head_size_divisor: Annotated[
+        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
+    ] = None,
+    form: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="How to say it.")] = "text",
+) -> None:
+    """Check a file with its clients: do they read it, and do they compute what it says? Fails if not."""
+    from flows.conform import conform as conform_file
+
+    right = conform_file(
+        file, against=against, state=state, lora=(lora, alpha) if lora else None, head_size_divisor=head_size_divisor,
+        mode="structure" if structure else "full", form=form, say=typer.echo,
+    )  # fmt: skip
+    raise typer.Exit(0 if right else 1)
+
+
+@app.command()
 def chat(
     model: Annotated[
         Path, typer.Argument(help="Any RWKV-4 to 7: outputs/merged/model.pth, .safetensors, .st, a folder.")

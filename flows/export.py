@@ -29,15 +29,23 @@ def export(
     head_size_divisor: Annotated[
         float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
     ] = None,
+    conformance: Annotated[
+        Literal["full", "structure"],
+        typer.Option(help="Whether the clients compute with the files, or these are only read."),
+    ] = "full",
 ) -> None:
-    """Write a model for other clients, read every file back, and say what rounding has changed.
+    """Write a model for other clients, check every file with them, and say what rounding has changed.
 
     A .gguf, .st or folder goes in as well: with --format pth it becomes an ordinary checkpoint again.
     """
     from rwkv_core import ai00
     from rwkv_core import export as core
     from rwkv_core.config import ExportConfig
+    from rwkv_core.conformance import report as verdict
+    from rwkv_core.conformance.check import Checked
+    from rwkv_core.conformance.exports import exported
     from rwkv_core.files import whole_folder, write_json
+    from rwkv_core.tokenizer import named
 
     if out.exists():
         raise InputError(str(out), "something is there already", "name another folder, or remove it")
@@ -46,6 +54,7 @@ def export(
         raise InputError(f"--format {unknown}", f"must be {', '.join(FORMATS)}", "write one of these")
     if "ai00-lora" in formats and len(formats) > 1:
         raise InputError("--format ai00-lora", "is of an adapter, all else of a model", "export each alone")
+    checked = list[Checked]()
     with whole_folder(out) as folder:
         if formats == ["ai00-lora"]:
             report = ai00.export(model, folder, base)
@@ -55,13 +64,26 @@ def export(
             kinds = [form.removeprefix("gguf-") for form in formats if form.startswith("gguf-")]
             chosen = {
                 "formats": list(dict.fromkeys(form.partition("-")[0] for form in formats)), "dtype": dtype,
-                "gguf": kinds or ["f16"], "hf": {"dtype": dtype, "part_gb": part_gb},
+                "gguf": kinds or ["f16"], "hf": {"dtype": dtype, "part_gb": part_gb}, "conformance": conformance,
             }  # fmt: skip
             report = core.export(
                 model, folder, ExportConfig.model_validate(chosen), state=state, tokenizer=tokenizer,
                 special=dict(map(special_token, special or ())), head_size_divisor=head_size_divisor,
             )  # fmt: skip
-        write_json(folder / "conformance.json", report)
+            checked = exported(
+                folder, report, model, conformance, state=state, head_size_divisor=head_size_divisor,
+                tokenizer=named(tokenizer, dict(map(special_token, special or ()))),
+            )  # fmt: skip
+            refused = out.with_name(f"{out.name}.refused")
+            if not all(one.passed for one in checked):
+                refused.mkdir(exist_ok=True)
+                verdict.write(refused, report, checked, conformance)
+                verdict.refuse(checked, refused / "conformance.md")
+            verdict.write(folder, report, checked, conformance)
+        if not checked:
+            write_json(folder / "conformance.json", report)
+    if checked:
+        typer.echo(f"conforms: {verdict.conforms(checked)}; see {out}/conformance.md")
     for line in _told(report):
         typer.echo(f"{out}/{line}")
 

@@ -17,7 +17,7 @@ from rwkv_core.checkpoint import Dtype
 from rwkv_core.config import ExportConfig
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256
-from rwkv_core.formats import container, gguf, huggingface, q8_0, tuned_state, web_rwkv
+from rwkv_core.formats import container, gguf, huggingface, order, q8_0, tuned_state, web_rwkv
 from rwkv_core.models.skeleton import Shape
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import VOCAB_SIZE, world
@@ -155,7 +155,7 @@ def _targets(source: _Source, config: ExportConfig) -> dict[str, _Target]:
         match form:
             case "pth":
                 dtype = source.as_loaded if config.dtype == "as_loaded" else config.dtype
-                targets[form] = _pth("model.pth", source.tensors, dtype)
+                targets[form] = _pth("model.pth", order.official(source.tensors), dtype)
             case "st":
                 targets[form] = _st("model.st", source.tensors)
             case "gguf":

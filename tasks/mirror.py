@@ -223,7 +223,7 @@ def files(root: Path, parts: Iterable[str]) -> dict[str, Path]:
         ),
         "merged": ("receipt.json",),
         "evaluate": ("receipt.json", "metrics.json", "report.html", "report*.md", "samples.json", "*.csv", "*.svg"),
-        "export": ("conformance.json", "README.md"),
+        "export": ("conformance.json", "conformance.md", "README.md"),
     }
     found = {f"pipeline/{file}": root / file for file in ("params.yaml", "dvc.yaml", "dvc.lock")}
     for part in parts:
@@ -263,6 +263,8 @@ def version_tags(record: RunRecord, root: Path, parts: Iterable[str], hashes: di
             values = flat(read_json(root / "outputs" / part / file))
             # the first two levels are the summary; deeper ones, such as the loss by position, are in the file
             found |= {f"{part}.{key}": value for key, value in values.items() if key.count(".") < 2}
+            if part == "export":
+                found["conforms"] = values.get("conformance.conforms")
     return {
         _clean(key): _text(value)[:_TAG_LENGTH]
         for key, value in found.items()

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from rwkv_core import gate, models
 from rwkv_core.adapters import file as adapter_file
+from rwkv_core.conformance import report as conformance
+from rwkv_core.conformance.exports import exported
 from rwkv_core.data import near
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.dialogue import TURN
@@ -212,7 +214,7 @@ def _judge(
         )
         for name, one in judged.items()
     }  # fmt: skip
-    say("exporting it, and reading the files back")
+    say("exporting it, and letting clients read the files")
     return [*checks, files, _exports(version, params)], notes, measures
 
 
@@ -291,10 +293,11 @@ def _answers(subject: Subject, prompts: Sequence[str], params: Params) -> list[S
 
 
 def _exports(version: Version, params: Params) -> Check:
-    """Export the registered files anew: each is read back and loaded; with the same settings they are those of the stage."""
-    import torch
-
-    what, rule = "exports load", "each is read back, and has the bytes that the stage exported"
+    """Export the registered files anew: each conforms, and with the same settings they are those of the stage."""
+    what, rule = (
+        "exports conform",
+        "each is read and computed with by its client, and has the bytes that the stage exported",
+    )
     stored = mirror.read_json(version.folder / stage.EXPORT / "conformance.json").get("formats", {})
     folder = version.folder / "exports"
     shutil.rmtree(folder, ignore_errors=True)  # of a promotion that was killed
@@ -303,22 +306,28 @@ def _exports(version: Version, params: Params) -> Check:
         state = stage.mounted(version.folder)
         divisor = version.record.base["head_size_divisor"]
         data = params.data
-        made = export(
+        report = export(
             version.model, folder, params.export, state=state, tokenizer=data.tokenizer, special=data.special_tokens,
             head_size_divisor=divisor,
-        )["formats"]  # fmt: skip
-        for entry in made.values():
-            models.load(folder / entry["file"], dtype=torch.float32, head_size_divisor=divisor)
+        )  # fmt: skip
+        checked = exported(
+            folder, report, version.model, params.export.conformance, state=state,
+            tokenizer=named(data.tokenizer, data.special_tokens), head_size_divisor=divisor,
+        )  # fmt: skip
     except Problem as problem:
         return Check(what, str(problem), rule, False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    wrong = [f"{one.file}: {said}" for one in checked for said in conformance.faults(one)]
+    if wrong:
+        return Check(what, "; ".join(wrong[:3]), rule, False)
+    made = report["formats"]
     same_settings = version.record.params.get("export") == params.export.model_dump(mode="json")
     other = [form for form in made if form in stored and stored[form]["sha256"] != made[form]["sha256"]]
-    told = f"{', '.join(made)}: {'the same bytes as exported' if stored else 'exported here for the first time'}"
+    same = "the same bytes as exported" if stored else "exported here for the first time"
     if other and same_settings:
         return Check(what, f"{', '.join(other)}: other bytes than the stage exported", rule, False)
-    return Check(what, told, rule, True)
+    return Check(what, f"{conformance.conforms(checked)}: {same}", rule, True)
 
 
 def markdown(verdict: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ MAY_IMPORT = {
         "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
         "rich", "jinja2", "markupsafe", "bitsandbytes", "deepspeed", "peft", "gguf", "filelock", "pyarrow", "huggingface_hub",
         "lm_eval",
+        "rwkv", "llama_cpp", "transformers",  # clients that conformance runs
     },
     "tasks": {
         "rwkv_core", "mlflow", "prefect", "pydantic", "ruamel", "filelock", "psutil", "numpy", "torch", "distributed",

@@ -140,6 +140,10 @@ class ExportConfig(Config):
 
     hf: HuggingFaceConfig
 
+    conformance: Literal["full", "structure"]
+    """full: the clients of each file, or readers that know no more than they do, compute logits of three prompts, in float32:
+    4 bytes a parameter of memory. structure: tensors, values and tokens alone, for models that this machine can't hold."""
+
     card: CardConfig
 
     @model_validator(mode="after")

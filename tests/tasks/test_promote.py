@@ -136,7 +136,7 @@ def test_a_model_with_nan_never_promotes(checkout):
     promoted, checks, _ = ask(checkout, copy_of(checkout, checkout.good, broken))
     assert not promoted
     assert not checks["losses are numbers"]["passed"]
-    assert not checks["exports load"]["passed"]
+    assert not checks["exports conform"]["passed"]
 
 
 def test_changed_bytes_never_promote(checkout):
@@ -155,7 +155,7 @@ def test_exports_with_other_bytes_never_promote(checkout):
     path.write_text(json.dumps({"formats": {"pth": {"sha256": "0" * 64}}}))
     promoted, checks, _ = ask(checkout, checkout.good)
     assert not promoted
-    assert checks["exports load"]["found"] == "pth: other bytes than the stage exported"
+    assert checks["exports conform"]["found"] == "pth: other bytes than the stage exported"
     assert not (checkout.good.folder / "exports").exists()
 
 

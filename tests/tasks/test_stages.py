@@ -24,6 +24,7 @@ from rwkv_core.files import sha256
 def done(tmp_path_factory):
     """A project in which every stage has run, in order."""
     project = make(tmp_path_factory.mktemp("done"))
+    project.set(export__conformance="full")
     project.said = {
         name: project.stage(name).stdout for name in ("prepare", "preview", "train", "merge", "evaluate", "export")
     }
@@ -146,8 +147,14 @@ def test_evaluate_asks_the_user_s_own_questions(fresh):
 
 
 def test_export_writes_what_it_checked(done):
-    report = done.json("outputs/export/conformance.json")["formats"]
-    assert set(report) == {"pth", "st"}
+    whole = done.json("outputs/export/conformance.json")
+    assert set(whole["formats"]) == {"pth", "st"}
+    verdict = whole["conformance"]
+    assert (verdict["passed"], verdict["mode"]) == (True, "full")
+    assert verdict["conforms"] == "pth (rwkv 0.8.32), st (reference)"
+    assert f"conforms: {verdict['conforms']}" in done.said["export"]
+    assert [len(file["logits"]) for file in verdict["files"]] == [6, 3]
+    assert "| model.pth | pth | rwkv 0.8.32 |" in (done.root / "outputs/export/conformance.md").read_text()
     merged, exported = (checkpoint.read(done.root / f"outputs/{p}/model.pth") for p in ("merged", "export"))
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
 
@@ -309,7 +316,7 @@ def bad_inputs():
         ["must be in evaluation/", "evaluate.tasks.exam"],
     )
     yield "evaluate", setting(evaluate__tasks={"exam": "evaluation/README.md"}), ["README.md: .md", "read are .jsonl"]
-    yield "export", setting(export__formats=["gguf"]), ["gguf", "'pth' or 'st'"]
+    yield "export", setting(export__formats=["gguf"]), ["gguf of heads of 8", "llama.cpp computes with 64 and 128"]
 
 
 def quick_and_slow(cases):

@@ -1,0 +1,16 @@
+"""Does a file say to its clients what it says to us? Readers that share no code with what wrote it, and a verdict.
+
+    layout       which tensors a model of a version has
+    contents     what a reader found in a file
+    pth, web_rwkv, gguf_file, hf
+                 readers, one for a format: written from the rules of its clients alone
+    recurrence   the models' equations in numpy
+    rwkv_package, llama
+                 the clients themselves, where they are installed
+    child        runs either in a process of its own
+    structure    what can be checked without running the model
+    check        a file, against the model that it was made from
+    report       the verdict, to read
+
+Nothing in here but `check` imports `rwkv_core.models`, and nothing at all imports `rwkv_core.formats`.
+"""
