@@ -76,6 +76,8 @@ class Engine:
         """Who asked for each row of the batch."""
         self._waiting, self._reading = deque[Asked](), list[Asked]()
         self._changed, self._closed = threading.Condition(), False
+        self.begun = int(opened.begin is None)
+        """Tokens that are read before each text: 0's, or none after a tuned state."""
         self.read_tokens = 0
         """Tokens of prompts that went through the model."""
         self.steps = 0
@@ -118,6 +120,10 @@ class Engine:
             self._waiting.append(asked)
             self._changed.notify()
         return asked
+
+    def load(self) -> tuple[int, int]:
+        """Continuations that go on, and prompts that wait or are being read."""
+        return len(self._owners), len(self._waiting) + len(self._reading)
 
     def close(self) -> None:
         """End all continuations and the thread; whoever waits is told so."""

@@ -1,0 +1,9 @@
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def check() -> None: ...
+@app.command()
+def x() -> None: ...
