@@ -291,8 +291,8 @@ _App = Callable[[_Scope, Any, Any], Awaitable[None]]
 class _Guard:
     """Lets a request through to the routes, or refuses it.
 
-    A page of another site can send a browser here under a name of its own that leads to this machine: what it asks has that name
-    as its Host, and the site as its Origin.
+    A page of another site can send a browser here under a name of its own that leads to this machine: what it asks has that
+    name as its Host, and the site as its Origin.
     """
 
     def __init__(self, app: _App, serving: Serving) -> None:

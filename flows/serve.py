@@ -1,10 +1,8 @@
 """`rwkvflow serve`: a model for a client of OpenAI's API, to look at it there. Nothing for production."""
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer

@@ -25,7 +25,9 @@ def state() -> None:
 
 @app.command()
 def average(
-    paths: Annotated[list[Path], typer.Argument(metavar="STATE... OUT", help="States of one model, then the new .pth.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="STATE... OUT", help="States of one model, then the new .pth.")
+    ],
     weights: Annotated[
         str | None, typer.Option(help="How much of each, as in '3 1'; their sum counts as 1. Equal ones, if none.")
     ] = None,
@@ -46,9 +48,7 @@ def interpolate(
     first: Annotated[Path, _STATE],
     second: Annotated[Path, _STATE],
     out: Annotated[Path, _OUT],
-    at: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Where between: 0 is the first, 1 the second.")
-    ] = None,
+    at: Annotated[float | None, typer.Option(min=0, max=1, help="Where between: 0 is the first, 1 the second.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=2, help="Write so many, evenly from the first to the second: OUT-0.25.pth ...")
     ] = None,
@@ -230,7 +230,9 @@ def _mixed(states: list, shares: list[float], out: Path) -> list[Path]:  # type:
     from rwkv_core import state_lab
 
     tensors = state_lab.mix(states, shares)
-    bases, vocabularies = ({x for x in found if x} for found in zip(*((s.base, s.vocabulary) for s in states), strict=True))
+    bases, vocabularies = (
+        {x for x in found if x} for found in zip(*((s.base, s.vocabulary) for s in states), strict=True)
+    )
     known = [next(iter(found), None) for found in (bases, vocabularies)]
     made_of = [state_lab.ingredient(one, share) for one, share in zip(states, shares, strict=True)]
     return state_lab.write(out, tensors, known[0], known[1], made_of)

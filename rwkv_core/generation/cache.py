@@ -30,8 +30,8 @@ class Known(NamedTuple):
 class Cache:
     """The states of texts, by their tokens; those that were not asked for the longest make room for others.
 
-    Tokens and not characters: a text that goes on may have other tokens where the known one ended, and the model would have read
-    something that it was not given.
+    Tokens and not characters: a text that goes on may have other tokens where the known one ended, and the model would have
+    read something that it was not given.
     """
 
     def __init__(self, nbytes: int) -> None:

@@ -53,8 +53,8 @@ def open_model(
         dtype: what to compute in.
         device: where to compute; None is cuda where there is one.
         head_size_divisor: as of `models.load`.
-        quantize: how to keep the matrices of the blocks. An adapter then stays beside them, as in training, and costs its part of
-            each token; without, it is merged into them as they are loaded.
+        quantize: how to keep the matrices of the blocks. An adapter then stays beside them, as in training, and costs its part
+            of each token; without, it is merged into them as they are loaded.
 
     Raises:
         InputError: a file can't be read, or does not fit the model; or two states are given.

@@ -60,7 +60,9 @@ def read(path: Path) -> Tuned:
     names = [f"blocks.{i}.{part}" for i in range(layers) for part in tuned_state.PARTS[kind]]
     wrong = sorted(tensors.keys() ^ set(names))
     if wrong or not names:
-        raise InputError(f"{path}: {wrong[0]}", "a state has the same parts of each block from 0 on", "give a whole one")
+        raise InputError(
+            f"{path}: {wrong[0]}", "a state has the same parts of each block from 0 on", "give a whole one"
+        )
     heads = tensors[names[0]].shape
     if len(heads) != 3 or heads[1] != heads[2]:
         raise InputError(f"{path}: {names[0]} is {tuple(heads)}", "must be heads, N, N", "give a state of RWKV-5 to 7")

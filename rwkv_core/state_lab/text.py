@@ -60,7 +60,9 @@ def from_text(model: RWKV, tokenizer: Tokenizer, text: str, begin: State | None 
     """
     if model.config.version == "4":
         raise InputError(
-            "a state of an RWKV-4", "has three numbers a channel and no matrix, which no client mounts", "take RWKV-5 to 7"
+            "a state of an RWKV-4",
+            "has three numbers a channel and no matrix, which no client mounts",
+            "take RWKV-5 to 7",
         )
     ids = tokenizer.encode(text)
     if not ids:

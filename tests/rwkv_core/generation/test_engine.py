@@ -135,7 +135,7 @@ def test_several_continuations_of_one_prompt_read_it_once(model):
 
 def test_a_conversation_is_read_on_from_where_it_ended(model):
     with serve(model) as engine:
-        text = "User: Hi\n\nAssistant:"
+        text, known = "User: Hi\n\nAssistant:", 0
         for turn in range(3):
             before = engine.read_tokens
             listener, asked = asks(engine, text, replace(DRAWN, seed=turn))

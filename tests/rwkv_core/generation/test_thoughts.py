@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ def test_an_answer_is_parted_wherever_it_is_cut(effort, written, thought, said):
     @given(st.sets(st.integers(0, len(written))))
     def cut(places):
         edges = [0, *sorted(places), len(written)]
-        pieces = [written[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [written[a:b] for a, b in itertools.pairwise(edges)]
         assert parted(effort, pieces) == (thought, said)
 
     cut()
