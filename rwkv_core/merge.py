@@ -99,8 +99,8 @@ def merge(
         entries.append(
             {
                 "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": record and record.run,
-                "base_checked": record is not None and record.base_sha256 is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
-                "quantize": quantize,
+                "base_checked": record is not None and record.base_sha256 is not None, "weight": part.weight,
+                "settings": config.model_dump(mode="json"), "quantize": quantize,
             }
         )  # fmt: skip
     checkpoint.write_each(

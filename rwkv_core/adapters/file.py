@@ -50,7 +50,7 @@ class AdapterRecord(Config):
     """How the frozen matrices were packed in training. Early files do not say it, for none were."""
 
     base_sha256: str | None
-    """The checkpoint that it was trained on, and is merged into. null: not known, of a state that other programs' were made to."""
+    """The checkpoint that it was trained on, and is merged into. null: not known, of a state made of other programs'."""
 
     data_sha256: str | None
     """The source text. null here and below: not known, as it was found by `rwkvflow unmerge`."""

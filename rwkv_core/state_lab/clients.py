@@ -18,6 +18,10 @@ from rwkv_core.errors import InputError
 from rwkv_core.formats import container, tuned_state
 from rwkv_core.models.skeleton import Shape
 
+_MAKE_PTH, _MAKE_ST = (
+    f"`rwkvflow export FILE FOLDER --format {form}` makes such a file of it" for form in ("pth", "st")
+)
+
 _LARGEST = float(torch.finfo(torch.float16).max)
 
 
@@ -45,8 +49,13 @@ def check(path: Path, shape: Shape | None = None) -> list[Verdict]:
         raise InputError(str(path), "has no blocks.0.att.time_state, so it is no state", "give a state's file")
     fault = _fault(tensors, shape)
     turned = path.suffix in container.SAFETENSORS
-    return [_runner(path, tensors, fault, turned), _package(fault, turned, shape), _ai00(path, tensors, fault, turned),
-            _ours(path, tensors, fault, shape), Verdict("llama.cpp, Ollama", False, "they have no file for a state")]  # fmt: skip
+    return [
+        _runner(path, tensors, fault, turned),
+        _package(fault, turned, shape),
+        _ai00(path, tensors, fault, turned),
+        _ours(tensors, fault),
+        Verdict("llama.cpp, Ollama", False, "they have no file for a state"),
+    ]
 
 
 def _fault(tensors: dict[str, Tensor], shape: Shape | None) -> str | None:
@@ -89,9 +98,6 @@ def _runner(path: Path, tensors: dict[str, Tensor], fault: str | None, turned: b
     return Verdict(name, True, "choose it as State Model, in a mode that is not WebGPU")
 
 
-_MAKE_PTH = "`rwkvflow state average FILE OUT.pth` writes the state alone, as one"
-
-
 def _package(fault: str | None, turned: bool, shape: Shape | None) -> Verdict:
     name = "rwkv package"
     if fault is not None:
@@ -114,21 +120,18 @@ def _ai00(path: Path, tensors: dict[str, Tensor], fault: str | None, turned: boo
         rule = f"it holds states in float16, which ends at {_LARGEST:g}, and a value is {largest:g}"
         return Verdict(name, False, f"{rule}; train with a smaller learning rate")
     if not turned:
-        return Verdict(name, False, f"it reads safetensors in float16, turned around; {CONVERT}")
+        return Verdict(name, False, f"it reads safetensors in float16, turned around; {_MAKE_ST}")
     if extra is not None:
-        return Verdict(name, False, f"{extra} is nothing that it mounts; {CONVERT}")
+        return Verdict(name, False, f"{extra} is nothing that it mounts; {_MAKE_ST}")
     other = next((x.dtype for x in tensors.values() if x.dtype != torch.float16), None)
     if other is not None:
-        return Verdict(name, False, f"it reads float16, and this is {str(other).removeprefix('torch.')}; {CONVERT}")
+        return Verdict(name, False, f"it reads float16, and this is {str(other).removeprefix('torch.')}; {_MAKE_ST}")
     if path.suffix != ".state":
         return Verdict(name, False, "it takes a name that ends in .state; rename it")
     return Verdict(name, True, "name it under [[state]] in Config.toml; that it is turned around can't be seen in it")
 
 
-CONVERT = "the stage `export` writes that of a run, see docs/states.md"
-
-
-def _ours(path: Path, tensors: dict[str, Tensor], fault: str | None, shape: Shape | None) -> Verdict:
+def _ours(tensors: dict[str, Tensor], fault: str | None) -> Verdict:
     name, others = "RWKV-Flow", [x for x in tensors if not tuned_state.is_part(x)]
     if fault is not None:
         return Verdict(name, False, fault)

@@ -46,7 +46,7 @@ def leaderboard(
     confidence: float,
     seed: int,
 ) -> list[Standing]:
-    """Score documents after each state, and without; best first. All are scored on the same tokens: not the first of a document.
+    """Score documents after each state, and without; best first. All on the same tokens: not on the first of a document.
 
     Args:
         model: in evaluation mode.

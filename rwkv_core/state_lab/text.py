@@ -41,7 +41,7 @@ def of_text(text: str) -> Ingredient:
 
 
 def as_read(text: str) -> str:
-    """What is read of a text: of a conversation its last turn ends with the blank line before the next; else the text as it is."""
+    """What is read of a text: a conversation up to the blank line where its next turn would begin; else the text as it is."""
     role, colon, _ = text.lstrip().partition(":")
     return f"{text.strip()}\n\n" if colon and role in ROLES else text
 

@@ -103,7 +103,7 @@ def test_comparing(run, made, model):
     assert code == 0, said
     table = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ")]
     assert set(table) == {"state", "---", "none", "short.pth", "long.pth"}
-    lines = list(csv.DictReader(Path("t.csv").open(encoding="utf-8")))
+    lines = list(csv.DictReader(Path("t.csv").read_text(encoding="utf-8").splitlines()))
     assert [line["state"] for line in lines] == table[2:]
     assert sorted(float(line["loss"]) for line in lines) == [float(line["loss"]) for line in lines]
     assert {line["state"]: line["from_none_value"] for line in lines}["none"] == "0"
