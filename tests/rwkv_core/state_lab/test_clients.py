@@ -91,12 +91,7 @@ def test_what_does_not_fit_the_model_is_mounted_by_none(verdicts, made, says):
 
 
 def test_without_a_model_the_blocks_must_agree_with_each_other(verdicts):
-    assert (
-        mount(
-            verdicts({"blocks.0.att.time_state": torch.zeros(4, 8, 8), "blocks.2.att.time_state": torch.zeros(4, 8, 8)})
-        )
-        == set()
-    )
+    assert mount(verdicts({f"blocks.{i}.att.time_state": torch.zeros(4, 8, 8) for i in (0, 2)})) == set()
     assert mount(verdicts(tensors() | {"blocks.1.att.time_state": torch.zeros(2, 8, 8)})) == set()
 
 

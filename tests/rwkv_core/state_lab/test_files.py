@@ -69,7 +69,7 @@ def test_the_token_shift_is_mixed_too(saved):
     mixed = mix([one, two], [0.5, 0.5])
     name = "blocks.1.ffn.ts_state"
     torch.testing.assert_close(mixed[name], (one.tensors[name] + two.tensors[name]) / 2)
-    with pytest.raises(InputError, match="bare.pth has no token shift, and the other does"):
+    with pytest.raises(InputError, match=r"bare\.pth has no token shift, and the other does"):
         mix([one, saved("bare")], [0.5, 0.5])
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(InputError, match=r"s\.rwkv-flow\.pth: something is there already"):
         write(tmp_path / "s.pth", tensors(shift=True), None, None, ())
     assert not (tmp_path / "s.pth").exists()
-    with pytest.raises(InputError, match="a state is written as .pth"):
+    with pytest.raises(InputError, match=r"a state is written as \.pth"):
         write(tmp_path / "s.st", tensors(), None, None, ())
 
 
@@ -144,11 +144,13 @@ def changed(change, shift=False):
     [
         (changed(lambda x: x.pop("blocks.0.att.time_state")), "blocks.0.att.time_state: a state has the same parts"),
         (changed(lambda x: x.pop("blocks.1.att.ts_state"), True), "blocks.1.att.ts_state: a state has the same parts"),
-        (changed(lambda x: x.update({"blocks.1.att.time_state": torch.zeros(4, 8, 4)})), r"is \(4, 8, 4\): must be \(4, 8, 8\)"),
+        (changed(lambda x: x.update({"blocks.1.att.time_state": torch.zeros(4, 8, 4)})),
+         r"is \(4, 8, 4\): must be \(4, 8, 8\)"),
         (changed(lambda x: x.update({"blocks.2.ffn.ts_state": torch.zeros(8)}), True), r"is \(8,\): must be \(32,\)"),
         ({"blocks.0.att.time_state": torch.zeros(4, 8)}, "must be heads, N, N"),
         ({"blocks.0.att.time_state": torch.zeros(4, 8, 4)}, "must be heads, N, N"),
-        (changed(lambda x: x["blocks.1.att.time_state"].fill_(float("nan"))), "blocks.1.att.time_state: has a value that is no"),
+        (changed(lambda x: x["blocks.1.att.time_state"].fill_(float("nan"))),
+         "blocks.1.att.time_state: has a value that is no"),
         (changed(lambda x: x.update({"emb.weight": torch.zeros(4, 4)})), "has emb.weight: a state alone is taken"),
     ],
     ids=str,
