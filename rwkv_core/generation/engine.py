@@ -195,7 +195,7 @@ class Engine:
 
     def _draw(self) -> None:
         going = list(range(len(self._owners)))
-        for place, piece in self._batch.draw(lambda place: self._owners[place].left):
+        for place, piece in self._batch.draw([asked.left for asked in self._owners]):
             asked = self._owners[place]
             if piece.whole is not None:
                 going.remove(place)

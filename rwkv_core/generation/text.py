@@ -157,19 +157,19 @@ class Batch:
         self._state = concatenate([self._state, state]) if self._rows else state
         self._rows.append(_Row(number, sampling, self._tokenizer))
 
-    def draw(self, halted: Callable[[int], bool]) -> Iterator[tuple[int, Piece]]:
+    def draw(self, halted: Sequence[bool]) -> Iterator[tuple[int, Piece]]:
         """A token for each row, or its end: the row's place as of now, and its piece where there is one.
 
         Those that have ended are gone once all are drawn, and the others move up in their order.
 
         Args:
-            halted: whether the row at a place ends as it is.
+            halted: of each row, whether it ends as it is.
 
         Raises:
             WorldError: a row's logits are not finite.
         """
         for i, row in enumerate(self._rows):
-            text = row.advance(self._logits[i], halted(i))
+            text = row.advance(self._logits[i], halted[i])
             if text or row.ending:
                 yield i, Piece(row.number, text, row.whole(select(self._state, [i])) if row.ending else None)
         going = [i for i, row in enumerate(self._rows) if row.ending is None]
@@ -229,7 +229,7 @@ def stream(
                     f"prompt {number} is empty", "a text that goes on must go on with something", "add some"
                 )
             rows.join(number, sampling, *read(model, ids, before, ctx_len))
-        for _, piece in rows.draw(lambda _, halted=halted: halted):
+        for _, piece in rows.draw([halted] * len(rows)):
             yield piece
         if rows:
             rows.advance()
