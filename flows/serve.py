@@ -1,5 +1,6 @@
 """`rwkvflow serve`: a model for a client of OpenAI's API, to look at it there. Nothing for production."""
 
+import errno
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,8 +103,8 @@ def _check_key(key: str | None, host: str, local: bool) -> None:
         raise InputError(
             f"--host {host}", "other machines reach it, and anybody could ask", f"set {KEY} to a key for your clients"
         )
-    if key is not None and len(key) < _SHORTEST:
-        raise InputError(KEY, f"must have {_SHORTEST} characters or more", "set a longer one")
+    if key is not None and (len(key) < _SHORTEST or not key.isascii()):
+        raise InputError(KEY, f"must have {_SHORTEST} characters or more, all of ASCII", "set another")
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             if isinstance(error, PermissionError):
                 raise WorldError(f"port {port}", "it is the system's", f"give --port {port + 8000}") from None
-            if "in use" in str(error):
+            if error.errno == errno.EADDRINUSE:
                 rule = "another program listens there"
                 raise WorldError(f"port {port}", rule, f"stop it, or give --port {port % 65535 + 1}") from None
             raise InputError(
@@ -154,8 +155,11 @@ def _run(serving: "Serving", listener: socket.socket, host: str, port: int) -> N
             f"{'' if serving.key is None else ', to whoever has the key'}; Ctrl+C stops it.\n"
             "This is for a look, and no production server."
         )
-        while not stop.wait(_POLL) and thread.is_alive():
-            pass
-        serving.engine.close()
-        server.should_exit = True
-        thread.join()
+        try:
+            while not stop.wait(_POLL):
+                if not thread.is_alive():
+                    raise WorldError("the server", "ended by itself", "read what it said above, and start it again")
+        finally:
+            serving.engine.close()
+            server.should_exit = True
+            thread.join()

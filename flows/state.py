@@ -10,6 +10,7 @@ from flows import options
 from rwkv_core.errors import InputError
 
 if TYPE_CHECKING:
+    from rwkv_core.state_lab import Tuned
     from rwkv_core.state_lab.compare import Standing
 
 _OUT = typer.Argument(help="The .pth to write, for clients.")
@@ -226,16 +227,15 @@ def _shares(weights: str | None, count: int) -> list[float]:
     return [x / sum(given) for x in given]
 
 
-def _mixed(states: list, shares: list[float], out: Path) -> list[Path]:  # type: ignore[type-arg]
+def _mixed(states: "list[Tuned]", shares: list[float], out: Path) -> list[Path]:
+    """Write what is mixed; the files."""
     from rwkv_core import state_lab
 
     tensors = state_lab.mix(states, shares)
-    bases, vocabularies = (
-        {x for x in found if x} for found in zip(*((s.base, s.vocabulary) for s in states), strict=True)
-    )
-    known = [next(iter(found), None) for found in (bases, vocabularies)]
+    base = next((one.base for one in states if one.base), None)  # those that know theirs agree
+    vocabulary = next((one.vocabulary for one in states if one.vocabulary), None)
     made_of = [state_lab.ingredient(one, share) for one, share in zip(states, shares, strict=True)]
-    return state_lab.write(out, tensors, known[0], known[1], made_of)
+    return state_lab.write(out, tensors, base, vocabulary, made_of)
 
 
 def _tell(files: list[Path], what: str) -> None:

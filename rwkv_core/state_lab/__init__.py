@@ -3,6 +3,7 @@
 Shapes: H heads, N head size, C channels.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -126,18 +127,17 @@ def mix(states: Sequence[Tuned], weights: Sequence[float]) -> dict[str, Tensor]:
     Raises:
         InputError: they are of different models, or some have the token shift and others don't.
     """
-    first, *others = states
-    for other in others:
-        agree(first, other)
-        if first.kind != other.kind:
-            without = first if first.kind == "wkv" else other
+    for one, other in itertools.combinations(states, 2):
+        agree(one, other)
+        if one.kind != other.kind:
+            without = one if one.kind == "wkv" else other
             raise InputError(
                 f"{without.path} has no token shift, and the other does",
                 "half of a token shift is none",
                 "give the file without it of each: state.pth, not state.rwkv-flow.pth",
             )
     mixed = {}
-    for name in first.tensors:
+    for name in states[0].tensors:
         parts = [state.tensors[name] for state in states]
         total = sum(weight * x.to(torch.float32) for weight, x in zip(weights, parts, strict=True))
         dtypes = {x.dtype for x in parts}

@@ -381,7 +381,7 @@ def test_a_state_on_a_packed_base(model, tmp_path):
     ("options", "problem"),
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines reach it, and anybody could ask; set RWKVFLOW_API_KEY"),
-        (["--api-key", "short"], "RWKVFLOW_API_KEY: must have 12 characters or more; set a longer one"),
+        (["--api-key", "short"], "RWKVFLOW_API_KEY: must have 12 characters or more, all of ASCII; set another"),
         (["--host", "example.com"], "--host example.com: must be an address of this machine"),
         (["--host", "192.0.2.7", "--api-key", KEY], "--host 192.0.2.7 (Cannot assign requested address): must be"),
         (["--top-p", "0"], "top_p = 0.0: must be above 0"),

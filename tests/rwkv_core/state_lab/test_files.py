@@ -97,6 +97,11 @@ def test_one_that_does_not_say_its_base_may_be_mixed(saved):
     agree(saved("one", BASE), saved("two"))
 
 
+def test_each_is_compared_with_each(saved):
+    with pytest.raises(InputError, match=r"three\.pth belongs to the base bbb"):
+        mix([saved("one"), saved("two", BASE), saved("three", OTHER)], [0.3, 0.3, 0.4])
+
+
 def test_a_state_belongs_to_its_model(saved, tmp_path):
     one = saved("one", BASE)
     state_lab.fits(one, BASE, tmp_path / "m.pth")
