@@ -9,15 +9,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows import data, evaluate, lm_eval
+from flows import data, evaluate, lm_eval, options, serve, state
 from flows.export import export
-from flows.export import special_token as _special
 from rwkv_core.errors import InputError, Problem
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(data.app, name="data")
+app.add_typer(state.app, name="state")
 app.command()(evaluate.evaluate)
 app.command(name="lm-eval")(lm_eval.lm_eval)
+app.command()(serve.serve)
 
 
 @app.callback()
@@ -375,31 +376,23 @@ def conform(
 
 @app.command()
 def chat(
-    model: Annotated[
-        Path, typer.Argument(help="Any RWKV-4 to 7: outputs/merged/model.pth, .safetensors, .st, a folder.")
-    ],
-    state: Annotated[Path | None, typer.Option(help="A tuned state to begin from: state.pth.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter trained on the model, and its state.")] = None,
+    model: options.Model,
+    state: options.State = None,
+    adapter: options.Adapter = None,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
-    tokenizer: Annotated[Path | None, typer.Option(help="20B_tokenizer.json, for a Pile model.")] = None,
-    special: Annotated[
-        list[str] | None, typer.Option(help="A special token of the training: '<tool>=65530'. May be repeated.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 0.3,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest, also; 0: any.")] = 0,
-    presence_penalty: Annotated[float, typer.Option(help="Against a token that was said before.")] = 0.5,
-    frequency_penalty: Annotated[float, typer.Option(help="Against it, for each time that it was.")] = 0.5,
-    penalty_decay: Annotated[float, typer.Option(help="What each token leaves of those times.")] = 0.996,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 2000,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds, equal answers; another each time, if none.")] = None,
-    dtype: Annotated[
-        Literal["bf16", "fp32", "fp16", "as_loaded"], typer.Option(help="What to compute in.")
-    ] = "as_loaded",
-    head_size_divisor: Annotated[
-        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
-    ] = None,
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where; cuda, if there is one.")] = None,
+    tokenizer: options.Tokenizer = None,
+    special: options.Special = None,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 0.3,
+    top_k: options.TopK = 0,
+    presence_penalty: options.PresencePenalty = 0.5,
+    frequency_penalty: options.FrequencyPenalty = 0.5,
+    penalty_decay: options.PenaltyDecay = 0.996,
+    max_tokens: options.MaxTokens = 2000,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "as_loaded",
+    head_size_divisor: options.Divisor = None,
+    device: options.Device = None,
 ) -> None:
     """Talk with a model in the terminal. The settings' defaults are those of ChatRWKV."""
     import secrets
@@ -424,7 +417,7 @@ def chat(
         adapter=adapter,
         state=state,
         tokenizer=tokenizer,
-        special=dict(map(_special, special or ())),
+        special=options.special_tokens(special),
         system=system,
         dtype=dtype,
         device=device,

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from flows import options
 from rwkv_core.errors import InputError
 
 FORMATS = ("pth", "st", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "hf", "ai00-lora")
@@ -23,12 +24,8 @@ def export(
     part_gb: Annotated[float, typer.Option(help="Largest part of a folder's weights.")] = 5.0,
     base: Annotated[Path | None, typer.Option(help="The model that an adapter was trained on, for its sizes.")] = None,
     tokenizer: Annotated[str, typer.Option(help="world, bytes, or 20B_tokenizer.json of a Pile model.")] = "world",
-    special: Annotated[
-        list[str] | None, typer.Option(help="A special token of the training: '<tool>=65530'. May be repeated.")
-    ] = None,
-    head_size_divisor: Annotated[
-        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
-    ] = None,
+    special: options.Special = None,
+    head_size_divisor: options.Divisor = None,
     conformance: Annotated[
         Literal["full", "structure"],
         typer.Option(help="Whether the clients compute with the files, or these are only read."),
@@ -68,11 +65,11 @@ def export(
             }  # fmt: skip
             report = core.export(
                 model, folder, ExportConfig.model_validate(chosen), state=state, tokenizer=tokenizer,
-                special=dict(map(special_token, special or ())), head_size_divisor=head_size_divisor,
+                special=options.special_tokens(special), head_size_divisor=head_size_divisor,
             )  # fmt: skip
             checked = exported(
                 folder, report, model, conformance, state=state, head_size_divisor=head_size_divisor,
-                tokenizer=named(tokenizer, dict(map(special_token, special or ()))),
+                tokenizer=named(tokenizer, options.special_tokens(special)),
             )  # fmt: skip
             refused = out.with_name(f"{out.name}.refused")
             if not all(one.passed for one in checked):
@@ -86,14 +83,6 @@ def export(
         typer.echo(f"conforms: {verdict.conforms(checked)}; see {out}/conformance.md")
     for line in _told(report):
         typer.echo(f"{out}/{line}")
-
-
-def special_token(option: str) -> tuple[str, int]:
-    """Text and id of '<tool>=65530'."""
-    text, _, number = option.rpartition("=")
-    if not text or not number.isdecimal():
-        raise InputError(f"--special {option}", "must be a text and its token", "write --special '<tool>=65530'")
-    return text, int(number)
 
 
 def _told(report: dict[str, Any]) -> list[str]:

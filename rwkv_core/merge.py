@@ -23,7 +23,7 @@ from rwkv_core.adapters import (
 )
 from rwkv_core.adapters.linear import wide
 from rwkv_core.adapters.state import zeros
-from rwkv_core.config import AdapterConfig
+from rwkv_core.config import AdapterConfig, StateConfig
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256
 from rwkv_core.formats import tuned_state
@@ -83,10 +83,11 @@ def merge(
     factors = _factors(layers, tensors)
     shares: dict[str, list[tuple[float, Make]]] = {}
     matrices: set[str] = set()
-    entries = []
+    entries, records = [], list[file.AdapterRecord | None]()
     alone = len(adapters) == 1 and adapters[0].weight == 1 and layers == "all"
     for part in adapters:
         parts, config, quantize, record = _read(base, digest, part, alone)
+        records.append(record)
         start |= zeros(tensors, config.state)
         adapted, replaced = merged(start, parts, config, part.path, quantize)
         for name, make in (adapted | replaced).items():
@@ -98,8 +99,8 @@ def merge(
         entries.append(
             {
                 "path": str(part.path), "sha256": sha256(part.path), "kind": config.kind, "run": record and record.run,
-                "base_checked": record is not None, "weight": part.weight, "settings": config.model_dump(mode="json"),
-                "quantize": quantize,
+                "base_checked": record is not None and record.base_sha256 is not None, "weight": part.weight,
+                "settings": config.model_dump(mode="json"), "quantize": quantize,
             }
         )  # fmt: skip
     checkpoint.write_each(
@@ -116,7 +117,7 @@ def merge(
             "sha256": sha256(out), "bytes": out.stat().st_size,
             "matrices_changed": len(matrices), "tensors_replaced": len(shares.keys() & tensors.keys()) - len(matrices),
         },
-        "states": _write_states(state, tuned),
+        "states": _write_states(state, tuned, digest, records[0] if len(records) == 1 else None),
     }  # fmt: skip
 
 
@@ -197,13 +198,27 @@ def merged(
     return changed, replaced
 
 
-def _write_states(path: Path, tuned: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Write what clients mount; if there is more of the state, also the whole of it. Digest and size of each file, by name."""
-    files = {path: tuned_state.for_clients(tuned)} if tuned else {}
-    if len(tuned) > len(files.get(path, {})):
-        files[tuned_state.whole(path)] = dict(tuned)
-    for where, tensors in files.items():
-        checkpoint.write(where, tensors)
+def _write_states(
+    path: Path, tuned: Mapping[str, Tensor], base_sha256: str, record: file.AdapterRecord | None
+) -> dict[str, dict[str, Any]]:
+    """Write what clients mount; if there is more of the state, also the whole of it. Digest and size of each file, by name.
+
+    Each says what it belongs to, as adapters do: an adapter that is nothing but a state.
+    """
+    files = {path: ("wkv", tuned_state.for_clients(tuned))} if tuned else {}
+    if tuned and len(tuned) > len(files[path][1]):
+        files[tuned_state.whole(path)] = ("wkv and token shift", dict(tuned))
+    for where, (kind, tensors) in files.items():
+        config = StateConfig.model_validate({"kind": "state", "state": kind, "layers": "all", "also": (), "load": None})
+        about = file.AdapterRecord(
+            format=1,
+            adapter=config,
+            base_sha256=base_sha256,
+            data_sha256=record and record.data_sha256,
+            vocabulary_sha256=record and record.vocabulary_sha256,
+            run=record and record.run,
+        )
+        file.write(where, tensors, about)
     return {where.name: {"sha256": sha256(where), "bytes": where.stat().st_size} for where in files}
 
 

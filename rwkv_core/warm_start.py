@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv_core import foreign
+from rwkv_core import checkpoint, foreign
 from rwkv_core.adapters import file, peft
 from rwkv_core.config import AdapterConfig, LoraConfig, PeftConfig
 from rwkv_core.errors import InputError
@@ -32,6 +32,8 @@ def read(config: AdapterConfig, base: Path, base_sha256: str, quantize: Form) ->
         return None
     if not path.exists():
         raise InputError(f"adapter.load = {path}", "there is no such file", "name an adapter, or null to begin anew")
+    if config.kind == "state" and file.read_record(path) is None:
+        return checkpoint.read(path)  # of any program; `attach` sees whether it is this model's
     if file.read_record(path) is None:
         if config.kind == "pissa" and init is None:
             raise InputError(
@@ -48,7 +50,7 @@ def read(config: AdapterConfig, base: Path, base_sha256: str, quantize: Form) ->
     else:
         tensors, record = file.read_for(base, base_sha256, path, "set model.base to that one")
         found = record.adapter
-        if record.quantize != quantize:
+        if record.quantize != quantize and not record.made_of:  # what no training made was beside no rounded matrix
             raise InputError(
                 f"model.quantize = {quantize}",
                 f"{path} was trained with {record.quantize}",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_core import gate, models
+from rwkv_core import gate
 from rwkv_core.adapters import file as adapter_file
 from rwkv_core.conformance import report as conformance
 from rwkv_core.conformance.exports import exported

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     },
     "flows": {
         "tasks", "rwkv_core", "prefect", "httpx", "dvc", "networkx", "typer", "rich", "psutil", "ruamel", "mlflow", "filelock",
-        "matplotlib", "pydantic", "pynvml",
+        "matplotlib", "pydantic", "pynvml", "fastapi", "uvicorn",
     },
     "demo": {"tasks", "rwkv_core", "torch", "pydantic"},
 }  # fmt: skip

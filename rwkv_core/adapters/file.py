@@ -8,9 +8,9 @@ import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from rwkv_core import checkpoint
@@ -20,6 +20,21 @@ from rwkv_core.files import whole_file
 from rwkv_core.quantize import Form
 
 _ENTRY = "archive/rwkv-flow.json"
+
+
+class Ingredient(Config):
+    """Something that a state was made of without training."""
+
+    kind: Literal["state", "text"]
+
+    name: str
+    """Of the file, or the beginning of the text."""
+
+    sha256: str
+    """Of the file's bytes, or of the text in UTF-8."""
+
+    weight: float
+    """How much of it was taken."""
 
 
 class AdapterRecord(Config):
@@ -34,8 +49,8 @@ class AdapterRecord(Config):
     quantize: Form = "none"
     """How the frozen matrices were packed in training. Early files do not say it, for none were."""
 
-    base_sha256: str
-    """The checkpoint that it was trained on, and is merged into."""
+    base_sha256: str | None
+    """The checkpoint that it was trained on, and is merged into. null: not known, of a state made of other programs'."""
 
     data_sha256: str | None
     """The source text. null here and below: not known, as it was found by `rwkvflow unmerge`."""
@@ -48,6 +63,15 @@ class AdapterRecord(Config):
 
     run: str | None
     """Digest of all that the training depended on: equal digests, equal adapters. `digest@steps` of one kept on the way."""
+
+    made_of: tuple[Ingredient, ...] = ()
+    """Of a state that `rwkvflow state` made: by it, and by no training."""
+
+    @model_validator(mode="after")
+    def _of_a_base(self) -> Self:
+        if self.base_sha256 is None and self.adapter.kind != "state":
+            raise ValueError("base_sha256 is null, which a state's alone may be")
+        return self
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -116,13 +140,13 @@ def read_for(base: Path, base_sha256: str, path: Path, remedy: str) -> tuple[dic
         remedy: what to do if it was trained on another base.
 
     Raises:
-        InputError: it was, can't be read, or has no record.
+        InputError: it was, as far as its record knows; it can't be read, or has no record.
     """
     tensors, record = read(path)
-    if base_sha256 != record.base_sha256:
+    if record.base_sha256 not in (base_sha256, None):
         raise InputError(
             f"{base} (sha256 {base_sha256[:12]}...)",
-            f"{path} was trained on another base (sha256 {record.base_sha256[:12]}...)",
+            f"{path} was trained on another base (sha256 {(record.base_sha256 or '')[:12]}...)",
             remedy,
         )
     return tensors, record

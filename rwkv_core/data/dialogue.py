@@ -174,6 +174,15 @@ def one_turn(text: str) -> str:
     return _BLANK_LINES.sub("\n", _unix(text)).strip()
 
 
+def said(messages: Any) -> list[tuple[str, str]]:
+    """Role and content of each of OpenAI's messages, as the turns of a row that has them.
+
+    Raises:
+        Unusable: they are no messages; the text says which, and why.
+    """
+    return [(message.role, message.content) for message in _messages(messages, "messages")]
+
+
 def _unix(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 

@@ -1,28 +1,30 @@
 """A conversation in RWKV World's convention: "User: ...", "Assistant: ...", a blank line between turns and none inside one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
-
-from rwkv_core import checkpoint, models
-from rwkv_core.adapters import file
-from rwkv_core.adapters.state import give
-from rwkv_core.checkpoint import DTYPES, Dtype
 from rwkv_core.data.dialogue import TURN, one_turn
-from rwkv_core.errors import InputError, WorldError
-from rwkv_core.files import sha256
+from rwkv_core.errors import InputError
+from rwkv_core.generation.opened import open_model
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import Continuation, stream
-from rwkv_core.merge import merged
 from rwkv_core.models.skeleton import RWKV
-from rwkv_core.models.state import State, mount
-from rwkv_core.tokenizer import Tokenizer, for_vocabulary
+from rwkv_core.models.state import State
+from rwkv_core.tokenizer import Tokenizer
 
-_SLICE = 512
+SLICE = 512
 """Tokens of a message that the model reads at once. It bounds the memory."""
+
+
+def as_document(turns: Iterable[tuple[str, str]]) -> str:
+    """Turns, each its role and content, as a document of the training data has them. What is still to be said is "".
+
+    Blank lines are left out but in answers, which the model has said so.
+    """
+    said = ((role, text.strip() if role == "Assistant" else one_turn(text)) for role, text in turns)
+    return "\n\n".join(f"{role}: {text}" if text else f"{role}:" for role, text in said)
 
 
 class Chat:
@@ -56,8 +58,8 @@ class Chat:
     @property
     def transcript(self) -> str:
         """What was said, as a document of the training data has it."""
-        turns = (f"User: {message}\n\nAssistant: {answer}" for message, answer in self._turns)
-        return "\n\n".join([*self._opening(), *turns])
+        said = (said for question, answer in self._turns for said in (("User", question), ("Assistant", answer)))
+        return as_document([*self._opening(), *said])
 
     def answer(self, message: str, halt: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say something, and get the answer in pieces of text.
@@ -75,11 +77,12 @@ class Chat:
         message = one_turn(message)
         if not message:
             raise InputError("the message is empty", "an answer needs a question", "say something")
-        turn = f"User: {message}\n\nAssistant:"
+        asked = [("User", message), ("Assistant", "")]
         if self.last is None:
-            state, text = self._start, "\n\n".join([*self._opening(), turn])
+            state, text = self._start, as_document([*self._opening(), *asked])
         else:
-            state, text = self.last.state, self.last.unread(f"{self.last.text.rstrip(chr(10))}\n\n{turn}")
+            said = f"{self.last.text.rstrip(chr(10))}\n\n{as_document(asked)}"
+            state, text = self.last.state, self.last.unread(said)
         return self._continue(state, text, self._turns, message, halt)
 
     def retry(self, halt: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -92,8 +95,8 @@ class Chat:
             raise InputError("there is no answer yet", "only an answer can be tried again", "say something")
         return self._continue(*self._asked, self._turns[:-1], self._turns[-1][0], halt)
 
-    def _opening(self) -> list[str]:
-        return [f"System: {one_turn(self._system)}"] if self._system.strip() else []
+    def _opening(self) -> list[tuple[str, str]]:
+        return [("System", self._system)] if self._system.strip() else []
 
     def _continue(
         self, state: State | None, text: str, turns: list[tuple[str, str]], message: str, halt: Callable[[], bool]
@@ -103,7 +106,7 @@ class Chat:
         self._answers += 1
         begun = False
         for piece in stream(
-            self._model, self._tokenizer, [text], sampling, ctx_len=_SLICE, batch=1, states=[state], halt=halt
+            self._model, self._tokenizer, [text], sampling, ctx_len=SLICE, batch=1, states=[state], halt=halt
         ):
             shown = piece.text if begun else piece.text.lstrip()  # the blank after the colon
             begun = begun or bool(shown)
@@ -114,58 +117,14 @@ class Chat:
                 yield shown
 
 
-def open_chat(
-    path: Path,
-    sampling: Sampling,
-    *,
-    adapter: Path | None = None,
-    state: Path | None = None,
-    tokenizer: Path | None = None,
-    special: Mapping[str, int] | None = None,
-    system: str = "",
-    dtype: Dtype = "as_loaded",
-    device: Literal["cpu", "cuda"] | None = None,
-    head_size_divisor: float | None = None,
-) -> Chat:
+def open_chat(path: Path, sampling: Sampling, *, system: str = "", **how: Any) -> Chat:
     """A conversation with the model in a checkpoint.
 
     Args:
         path: the model.
         sampling: of each answer.
-        adapter: trained on it, of RWKV-Flow. If it has a tuned state, the conversation begins from that.
-        state: a file of a state tuned on it; the conversation begins from it.
-        tokenizer: a `tokenizers` file, where the vocabulary is none of ours.
-        special: texts that are a token each, as in the training's `data.special_tokens`.
         system: said to the model before the first turn.
-        dtype: what to compute in.
-        device: where to compute; None is cuda where there is one.
-        head_size_divisor: as of `models.load`.
-
-    Raises:
-        InputError: a file can't be read, or does not fit the model; or two states are given.
-        WorldError: the device or a package is missing.
+        how: of `open_model`, as its errors are.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise WorldError("device cuda", "torch finds no CUDA device here", "take cpu")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.load(path, dtype=DTYPES.get(dtype), device=where, head_size_divisor=head_size_divisor)
-    words = for_vocabulary(model.config.vocab_size, tokenizer).with_special(special or {})
-    tuned = adapter is not None and _put_in(model, path, adapter)
-    if tuned and state is not None:
-        raise InputError(f"--state {state}", f"{adapter} has a state of its own", "give one of them")
-    begin = model.initial_state(1) if tuned else None
-    if state is not None:
-        begin = mount(model.initial_state(1), checkpoint.read(state))
-    return Chat(model.eval(), words, sampling, system=system, state=begin)
-
-
-@torch.no_grad()
-def _put_in(model: RWKV, base: Path, adapter: Path) -> bool:
-    """Merge the adapter into the loaded model: tokens then cost no more than the base's. Whether it has a tuned state."""
-    parts, record = file.read_for(base, sha256(base), adapter, "give that one")
-    give(model, record.adapter.state)
-    tensors = model.state_dict()
-    adapted, replaced = merged(tensors, parts, record.adapter, adapter, record.quantize)
-    for name, make in (adapted | replaced).items():
-        tensors[name].copy_(make())
-    return record.adapter.state != "none"
+    opened = open_model(path, **how)
+    return Chat(opened.model, opened.tokenizer, sampling, system=system, state=opened.begin)

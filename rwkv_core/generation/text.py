@@ -34,6 +34,8 @@ class Continuation:
     """Of one row: after the prompt and `read`."""
     read: str
     """What the model has read after the prompt: where a stop text was found, the beginning of that also."""
+    tokens: tuple[int, ...] = ()
+    """The tokens of `read`. One more was drawn where the ending is "end" or "stop"."""
 
     def unread(self, text: str) -> str:
         """What is left to read from `state` on, so that the model has read `text`: this continuation, and what follows it."""
@@ -123,7 +125,64 @@ class _Row:
         """The continuation, if it has ended. `state` is of this row."""
         if self.ending is None:
             return None
-        return Continuation(self._text, self.ending, state, self._tokenizer.decode(self.tokens))
+        return Continuation(self._text, self.ending, state, self._tokenizer.decode(self.tokens), tuple(self.tokens))
+
+
+class Batch:
+    """Continuations side by side. Between two tokens any may join, and those that have ended leave."""
+
+    def __init__(self, model: RWKV, tokenizer: Tokenizer) -> None:
+        """An empty one.
+
+        Args:
+            model: in evaluation mode, on any device.
+            tokenizer: of its vocabulary.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        self._rows, self._state, self._logits = list[_Row](), State(), torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def join(self, number: int, sampling: Sampling, logits: Tensor, state: State) -> None:
+        """Begin a continuation of what was read.
+
+        Args:
+            number: of its row: its draws depend on it, and its pieces have it. Two of one number draw alike.
+            sampling: how to draw, and when to stop.
+            logits: (1, V) after the last token that was read.
+            state: of one row, after it.
+        """
+        self._logits = torch.cat((self._logits, logits)) if self._rows else logits
+        self._state = concatenate([self._state, state]) if self._rows else state
+        self._rows.append(_Row(number, sampling, self._tokenizer))
+
+    def draw(self, halted: Sequence[bool]) -> Iterator[tuple[int, Piece]]:
+        """A token for each row, or its end: the row's place as of now, and its piece where there is one.
+
+        Those that have ended are gone once all are drawn, and the others move up in their order.
+
+        Args:
+            halted: of each row, whether it ends as it is.
+
+        Raises:
+            WorldError: a row's logits are not finite.
+        """
+        for i, row in enumerate(self._rows):
+            text = row.advance(self._logits[i], halted[i])
+            if text or row.ending:
+                yield i, Piece(row.number, text, row.whole(select(self._state, [i])) if row.ending else None)
+        going = [i for i, row in enumerate(self._rows) if row.ending is None]
+        if 0 < len(going) < len(self._rows):
+            self._state = select(self._state, going)
+        self._rows = [self._rows[i] for i in going]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Read the token that was drawn for each row; there is one at least."""
+        tokens = torch.tensor([row.tokens[-1:] for row in self._rows], device=self._model.emb.weight.device)
+        features, self._state = self._model.features(tokens, self._state)
+        self._logits = self._model.head(features[:, -1])
 
 
 @torch.no_grad()
@@ -158,8 +217,7 @@ def stream(
         InputError: a prompt after a state is empty, so there is nothing to predict from.
         WorldError: the model's logits are not finite.
     """
-    waiting, rows, state = deque(enumerate(prompts)), list[_Row](), State()
-    logits = torch.empty(0)
+    waiting, rows = deque(enumerate(prompts)), Batch(model, tokenizer)
     while waiting or rows:
         halted = halt()
         found = [] if halted else [waiting.popleft() for _ in range(min(len(waiting), batch - len(rows)))]
@@ -174,22 +232,13 @@ def stream(
                     raise InputError(
                         f"prompt {number} is empty", "a text that goes on must go on with something", "add some"
                     )
-            new_logits, new_state = read_together(model, texts, _side_by_side(model, befores), ctx_len)
-            logits = torch.cat((logits, new_logits)) if rows else new_logits
-            state = concatenate([state, new_state]) if rows else new_state
-            rows += [_Row(number, sampling, tokenizer) for number, _ in found]
-        for i, row in enumerate(rows):
-            text = row.advance(logits[i], halted)
-            if text or row.ending:
-                yield Piece(row.number, text, row.whole(select(state, [i])) if row.ending else None)
-        going = [i for i, row in enumerate(rows) if row.ending is None]
-        if 0 < len(going) < len(rows):
-            state = select(state, going)
-        rows = [rows[i] for i in going]
+            logits, state = read_together(model, texts, _side_by_side(model, befores), ctx_len)
+            for i, (number, _) in enumerate(found):
+                rows.join(number, sampling, logits[i : i + 1], select(state, [i]))
+        for _, piece in rows.draw([halted] * len(rows)):
+            yield piece
         if rows:
-            tokens = torch.tensor([row.tokens[-1:] for row in rows], device=model.emb.weight.device)
-            features, state = model.features(tokens, state)
-            logits = model.head(features[:, -1])
+            rows.advance()
         elif halted:
             return
 

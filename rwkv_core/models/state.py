@@ -79,3 +79,12 @@ def mount(state: State, tuned: Mapping[str, Tensor]) -> State:
             changed[_FIELDS[part]] = x.to(into).expand(into.shape)
         mounted.append(block._replace(**changed))
     return mounted
+
+
+def unmount(state: State) -> dict[str, Tensor]:
+    """A state of one row under the names of a state file, with its token shift: the inverse of `mount`."""
+    return {
+        f"blocks.{i}.{part}": getattr(block, field)[0]
+        for i, block in enumerate(state)
+        for part, field in _FIELDS.items()
+    }
