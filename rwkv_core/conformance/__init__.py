@@ -9,8 +9,10 @@
                  the clients themselves, where they are installed
     child        runs either in a process of its own
     structure    what can be checked without running the model
+    core         rwkv_core.models on the same rounded tensors: the measure
     check        a file, against the model that it was made from
+    exports      all files of an export
     report       the verdict, to read
 
-Nothing in here but `check` imports `rwkv_core.models`, and nothing at all imports `rwkv_core.formats`.
+No reader imports `rwkv_core.models` or `rwkv_core.formats`: only `core`, `check` and `exports` know what we think of a file.
 """

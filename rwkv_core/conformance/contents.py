@@ -33,7 +33,8 @@ def to_q8_0(x: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(scale > 0, np.trunc(blocks / scale + np.copysign(0.5, blocks)), 0)
     kept = steps.astype(np.float32) * scale.astype(np.float16).astype(np.float32)
-    return kept.reshape(x.shape).astype(np.float32)
+    made: Array = kept.reshape(x.shape).astype(np.float32)
+    return made
 
 
 def _to_float16(x: Array) -> Array:

@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     mapped = np.memmap(path, np.uint8, "r")
     cursor = _Cursor(memoryview(mapped))  # type: ignore[arg-type]
     try:
-        magic, version = bytes(mapped[:4]), struct.unpack_from("<I", mapped, 4)[0]
+        magic, version = bytes(mapped[:4]), struct.unpack_from("<I", cursor.data, 4)[0]
         if magic != b"GGUF" or version not in (2, 3):
             raise Unreadable(f"it is no GGUF of version 2 or 3: it begins with {magic!r}, {version}")
         cursor.at = 8

@@ -114,13 +114,15 @@ class _Pass:
         """Layer norm."""
         centred = x - x.mean(-1, keepdims=True)
         unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.dtype(self.model.norm_eps))
-        return unit * self.vector(f"{name}.weight") + self.vector(f"{name}.bias")
+        made: Array = unit * self.vector(f"{name}.weight") + self.vector(f"{name}.bias")
+        return made
 
     def group_norm(self, y: Array, name: str) -> Array:
         """(T, H, N) -> (T, C), each head by itself."""
         centred = y - y.mean(-1, keepdims=True)
         unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.dtype(self.model.group_eps))
-        return unit.reshape(len(y), -1) * self.vector(f"{name}.weight") + self.vector(f"{name}.bias")
+        made: Array = unit.reshape(len(y), -1) * self.vector(f"{name}.weight") + self.vector(f"{name}.bias")
+        return made
 
     def before(self, x: Array) -> Array:
         """Of each token the one before it; zeros before the first of a prompt."""
