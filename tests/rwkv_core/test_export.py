@@ -422,4 +422,4 @@ print(high_water("self") - before)
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "model.pth"), str(tmp_path / "out"), json.dumps(config)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    assert int(done.stdout) < 3.5 * largest
+    assert int(done.stdout) < 5 * largest  # a second copy of the model beside what is mapped would be more
