@@ -140,7 +140,7 @@ def leaderboard(
 
     from rwkv_core import state_lab
     from rwkv_core.data.binidx import Documents
-    from rwkv_core.data.prepare import whole
+    from rwkv_core.data.whole import whole
     from rwkv_core.files import sha256
     from rwkv_core.generation.opened import open_model
     from rwkv_core.state_lab import compare
@@ -162,7 +162,7 @@ def leaderboard(
     with tempfile.TemporaryDirectory() as folder:
         prefix = data.with_suffix("") if data.suffix in (".bin", ".idx") else data
         is_binidx = prefix.with_name(f"{prefix.name}.idx").is_file()
-        documents = Documents(prefix) if is_binidx else whole(data, opened.tokenizer, Path(folder) / "data")
+        documents = Documents(prefix) if is_binidx else whole(data, opened.tokenizer, Path(folder) / "data")[0]
         standings = compare.leaderboard(
             opened.model,
             documents,

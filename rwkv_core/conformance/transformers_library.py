@@ -22,7 +22,8 @@ def logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Array]:
     import torch
     from transformers import RwkvForCausalLM
 
-    model = RwkvForCausalLM.from_pretrained(folder, dtype=torch.float32, rescale_every=0).eval()
+    model = RwkvForCausalLM.from_pretrained(folder, dtype=torch.float32, rescale_every=0)
+    model.train(False)
     with torch.no_grad():
         return [model(torch.tensor([list(prompt)])).logits[0].numpy() for prompt in prompts]
 
@@ -35,6 +36,8 @@ def tokens(folder: Path, texts: Sequence[str], dialogue: Sequence[Mapping[str, s
     return {
         "encoded": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
         "decoded": [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in texts],
-        "rendered": tokenizer.apply_chat_template(list(dialogue), tokenize=False, add_generation_prompt=True),
+        "rendered": tokenizer.apply_chat_template(
+            [dict(turn) for turn in dialogue], tokenize=False, add_generation_prompt=True
+        ),
         "eos": tokenizer.eos_token_id,
     }

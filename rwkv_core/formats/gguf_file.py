@@ -125,7 +125,8 @@ def _read(path: Path) -> File:
         found.append((name, shape, cursor.take("I"), cursor.take("Q")))
     alignment = int(metadata.get("general.alignment", 32))
     begin = -(-cursor.at // alignment) * alignment
-    return File(metadata, {name: _tensor(content, path, name, *facts, begin) for name, *facts in found})
+    stored = {name: _tensor(content, path, name, shape, kind, offset, begin) for name, shape, kind, offset in found}
+    return File(metadata, stored)
 
 
 def _tensor(
