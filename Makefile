@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup demo test test-all lint gpu-check
+.PHONY: setup demo test test-all lint clients gpu-check
 setup: .venv/.done
 
 # uv installs in a third of pip's time; where it can't be had, pip does it.
@@ -31,6 +31,11 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+# llama.cpp takes minutes to build, so no other target has it: with it, the tests of what it reads and computes are run too.
+clients: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	python -m pytest -n logical --dist loadfile -m "not gpu" tests/rwkv_core/conformance tests/rwkv_core/formats/test_gguf.py
 
 # On a machine with a CUDA device and a torch of its own: what only it can check, then what only it can measure, into
 # benchmarks/results. It needs torch, triton, nvcc and pytest, and no .venv.

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from rwkv_core import gate
 from rwkv_core.adapters import file as adapter_file
+from rwkv_core.config import EvaluateConfig
 from rwkv_core.conformance import report as conformance
 from rwkv_core.conformance.exports import exported
 from rwkv_core.data import near
@@ -24,6 +25,7 @@ from rwkv_core.evaluation.judge import Judged, Texts
 from rwkv_core.evaluation.judge import judge as judge_model
 from rwkv_core.evaluation.measure import changes
 from rwkv_core.evaluation.subject import Said, Subject
+from rwkv_core.evaluation.suite import Suite
 from rwkv_core.export import export
 from rwkv_core.files import sha256, whole_file, write_json
 from rwkv_core.gate import Check
@@ -151,7 +153,7 @@ def _judge(
     say: Say,
 ) -> tuple[list[Check], list[str], dict[str, Any]]:
     params.check_retention()
-    settings, rules = params.evaluate, params.promote
+    settings, rules = _at(root, params.evaluate), params.promote
     data = version.record.params["data"]
     tokenizer = named(data["tokenizer"], data["special_tokens"])
     held_out = Documents(version.folder / stage.DATA / "valid")
@@ -161,13 +163,18 @@ def _judge(
     if rules.answers is not None:
         prompts = evaluation.held_out_prompts(held_out, tokenizer, rules.answers.count)
     skip_first = any(one is not None and one.state for one in (version, champion))
+    suite = Suite(
+        settings, tokenizer, held_out, Documents(version.folder / stage.DATA / "train"),
+        marks=[part["marks"][0] for part in data["parts"] if part["marks"] is not None], seed=params.seed,
+        skip_first=skip_first, left_out=np.flatnonzero(seen).tolist(), say=say,
+    )  # fmt: skip
     base, known_scores = _base(root, version), store(root)
     judged: dict[str, Judged] = {}
     given: list[Said] = []
     with tempfile.TemporaryDirectory(prefix="rwkvflow-") as folder:
         general = None
         if settings.general is not None:
-            general, _ = whole(root / settings.general, tokenizer, Path(folder) / "general")
+            general, _ = whole(settings.general, tokenizer, Path(folder) / "general")
         of = {"base": (base, version, None), "candidate": (version.model, version, stage.mounted(version.folder))}
         if champion is not None:
             of["champion"] = (champion.model, champion, stage.mounted(champion.folder))
@@ -180,7 +187,7 @@ def _judge(
             )  # fmt: skip
             one = judge_model(
                 subject, Texts(held_out, parts, general), ctx_len=settings.ctx_len, batch=settings.batch,
-                skip_first=skip_first,
+                skip_first=skip_first, further=suite.ask,
             )  # fmt: skip
             if name == "candidate" and prompts and np.isfinite(one.held_out.nats).all():
                 given = _answers(subject, prompts, params)
@@ -216,6 +223,20 @@ def _judge(
     }  # fmt: skip
     say("exporting it, and letting clients read the files")
     return [*checks, files, _exports(version, params)], notes, measures
+
+
+def _at(root: Path, settings: EvaluateConfig) -> EvaluateConfig:
+    """The settings with the files that they name, wherever this process is."""
+    asked = settings.lm_eval
+    if asked is not None and asked.include is not None:
+        asked = asked.model_copy(update={"include": root / asked.include})
+    return settings.model_copy(
+        update={
+            "general": settings.general and root / settings.general,
+            "tasks": {name: root / path for name, path in settings.tasks.items()},
+            "lm_eval": asked,
+        }
+    )
 
 
 def _seen(

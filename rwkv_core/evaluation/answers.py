@@ -14,7 +14,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +61,12 @@ class Question(NamedTuple):
 
 
 def questions(
-    documents: Documents, tokenizer: Tokenizer, count: int, seed: int, marks: Sequence[str] = ()
+    documents: Documents,
+    tokenizer: Tokenizer,
+    count: int,
+    seed: int,
+    marks: Sequence[str] = (),
+    left_out: Container[int] = (),
 ) -> list[Question]:
     """All questions of up to `count` held-out documents that have one, drawn at random.
 
@@ -74,9 +79,11 @@ def questions(
         count: documents, at least 1.
         seed: of the draw.
         marks: texts that end a learned stretch and are not part of the answer, see `PartConfig.marks`.
+        left_out: documents that are not asked about, by number.
     """
     found = list[list[Question]]()
-    for i in np.random.default_rng(seed).permutation(len(documents)).tolist():
+    order = np.random.default_rng(seed).permutation(len(documents)).tolist()
+    for i in (i for i in order if i not in left_out):
         if len(found) == count:
             break
         if asked := _questions_of(documents, i, tokenizer, tuple(marks)):

@@ -63,7 +63,7 @@ def judge(
         batch: documents side by side.
         skip_first: another of the models begins from a tuned state, and does not predict the first token of a document.
         progress: is told how far it is.
-        further: measures it in other ways.
+        further: measures it in other ways; not asked of a model whose losses are not numbers, which says nothing.
     """
 
     def score(what: str, documents: Documents) -> Scores:
@@ -74,7 +74,7 @@ def judge(
 
     scores = score("documents", texts.held_out)
     general = None if texts.general is None else score("documents of general text", texts.general)
-    return Judged(scores, general, further(subject))
+    return Judged(scores, general, further(subject) if np.isfinite(scores.nats).all() else {})
 
 
 def compare(

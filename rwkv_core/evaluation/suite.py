@@ -30,6 +30,7 @@ class Suite:
         marks: Sequence[str],
         seed: int,
         skip_first: bool,
+        left_out: Sequence[int] = (),
         say: Say = lambda text: None,
     ) -> None:
         """Draw the questions, and read the files.
@@ -42,16 +43,17 @@ class Suite:
             marks: texts that end an answer in these, see `answers.questions`.
             seed: of what is drawn.
             skip_first: another of the models begins from a tuned state, see `Reader`.
+            left_out: held-out documents that are not asked about, by number.
             say: is told what there is to say for a person.
 
         Raises:
             InputError: a file of questions can't be used.
         """
         self._settings, self._skip_first, self._say = settings, skip_first, say
-        self._of = {"seed": seed, "marks": list(marks), "held_out": held_out.digest()}
+        self._of = {"seed": seed, "marks": list(marks), "held_out": held_out.digest(), "left_out": list(left_out)}
         self._questions = list[answers.Question]()
         if settings.answers is not None:
-            self._questions = answers.questions(held_out, tokenizer, settings.answers.count, seed, marks)
+            self._questions = answers.questions(held_out, tokenizer, settings.answers.count, seed, marks, left_out)
             if not self._questions:
                 say("no held-out row has a question: answers are not measured")
         self._passages = list[Any]()
