@@ -18,6 +18,7 @@ from rwkv_core.config import ExportConfig
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256
 from rwkv_core.formats import container, gguf, huggingface, q8_0, tuned_state, web_rwkv
+from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.models.skeleton import Shape
 from rwkv_core.models.state import mount
 from rwkv_core.tokenizer import VOCAB_SIZE, world
@@ -130,7 +131,7 @@ def _source(model: Path, tokenizer: str, special: Mapping[str, int], head_size_d
     tensors = checkpoint.read(model)
     version, divisor = models.version_of(tensors, model), models.divisor(model, head_size_divisor)
     state = next((name for name in tensors if tuned_state.is_part(name)), None)
-    if version is models.RWKV7 and state is not None:
+    if version is RWKV7 and state is not None:
         raise InputError(
             f"{model} has {state}",
             "of RWKV-7 clients read a state from a file of its own",
@@ -303,7 +304,7 @@ def _check(
 
 def _some_rows(x: Tensor) -> Sequence[Tensor]:
     """A tensor in parts of some rows, so that what is computed of one stays in the processor's cache."""
-    return x.split(max(1, container.PIECE // max(1, x[0].numel()))) if x.ndim and x.numel() else (x,)
+    return torch.split(x, max(1, container.PIECE // max(1, x[0].numel()))) if x.ndim and x.numel() else (x,)
 
 
 def _change(name: str, exact: Tensor, got: Tensor, packed: bool, slack: float) -> Tensor | None:
