@@ -304,10 +304,7 @@ def _check(
 
 def _some_rows(x: Tensor) -> Sequence[Tensor]:
     """A tensor in parts of some rows, so that what is computed of one stays in the processor's cache."""
-    if not (x.ndim and x.numel()):
-        return (x,)
-    rows = max(1, container.PIECE // x[0].numel())
-    return [x[at : at + rows] for at in range(0, len(x), rows)]
+    return torch.split(x, max(1, container.PIECE // max(1, x[0].numel()))) if x.ndim and x.numel() else (x,)
 
 
 def _change(name: str, exact: Tensor, got: Tensor, packed: bool, slack: float) -> Tensor | None:

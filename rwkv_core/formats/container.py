@@ -123,7 +123,7 @@ def write_safetensors(path: Path, about: About, tensors: Iterable[Tensor]) -> No
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The bytes of a tensor in a dtype, some at a time."""
-    for piece in x.detach().contiguous().view(-1).split(PIECE):  # type: ignore[no-untyped-call]
+    for piece in torch.split(x.detach().contiguous().view(-1), PIECE):
         yield piece.to(dtype).view(torch.uint8)
 
 

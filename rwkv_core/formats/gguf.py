@@ -131,7 +131,7 @@ def write(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            file = (writer.fout or [])[0]
+            file: Any = writer.fout[0] if writer.fout else None
             writer.write_padding(file, file.tell())
             mapped = mapped_files()
             for theirs, part in parts.items():
@@ -284,7 +284,7 @@ def about(path: Path) -> dict[str, Any]:
     special = [text for text, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
     return {
         "name": metadata.get("general.name", "none"),
-        "matrices": forms.get(metadata.get("general.file_type", -1), "of several types"),
+        "matrices": forms.get(int(metadata.get("general.file_type", -1)), "of several types"),
         "tokenizer": f"{metadata.get('tokenizer.ggml.model', 'none')}, {len(tokens)} tokens",
         "special tokens": special,
         "ends a turn": metadata.get("tokenizer.ggml.eot_token_id", "nothing"),
@@ -359,7 +359,7 @@ def _stacked(rows: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
 def _pieces(x: Tensor, form: Form) -> Iterator[Tensor]:
     """The bytes of a tensor in a form, some at a time."""
     if form == "q8_0":
-        return map(q8_0.pack, x.contiguous().view(-1).split(PIECE))  # type: ignore[no-untyped-call]
+        return map(q8_0.pack, torch.split(x.contiguous().view(-1), PIECE))
     return pieces(x, _DTYPES[form])
 
 

@@ -125,13 +125,12 @@ def _read(path: Path) -> File:
         found.append((name, shape, cursor.take("I"), cursor.take("Q")))
     alignment = int(metadata.get("general.alignment", 32))
     begin = -(-cursor.at // alignment) * alignment
-    stored = {name: _tensor(content, path, name, shape, kind, offset, begin) for name, shape, kind, offset in found}
-    return File(metadata, stored)
+    return File(
+        metadata, {name: _tensor(content, path, name, shape, kind, begin + at) for name, shape, kind, at in found}
+    )
 
 
-def _tensor(
-    content: mmap.mmap, path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, begin: int
-) -> Stored:
+def _tensor(content: mmap.mmap, path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Stored:
     if kind != _Q8_0 and kind not in _KINDS:
         raise InputError(
             f"{path}: {name} is of ggml's type {kind}",
@@ -141,5 +140,5 @@ def _tensor(
     dtype = torch.uint8 if kind == _Q8_0 else _KINDS[kind]
     if kind == _Q8_0:
         shape = (*shape[:-1], shape[-1] // q8_0.BLOCK * q8_0.BYTES)
-    data = torch.frombuffer(content, dtype=dtype, count=torch.Size(shape).numel(), offset=begin + offset)
+    data = torch.frombuffer(content, dtype=dtype, count=torch.Size(shape).numel(), offset=offset)
     return Stored(data.view(shape), kind == _Q8_0)
