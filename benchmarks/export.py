@@ -35,7 +35,13 @@ FORMATS = {
     "gguf, q8_0": {"formats": ["gguf"], "gguf": ["q8_0"]},
     "hf": {"formats": ["hf"]},
 }
-USUAL = {"dtype": "as_loaded", "gguf": ["f16"], "hf": {"dtype": "as_loaded", "part_gb": 5}, "conformance": "structure"}
+USUAL = {
+    "dtype": "as_loaded",
+    "gguf": ["f16"],
+    "hf": {"dtype": "as_loaded", "part_gb": 5},
+    "conformance": "structure",
+    "card": {"license": None, "languages": [], "base_model": None, "datasets": []},
+}
 
 CHILD = """
 import json, sys, time

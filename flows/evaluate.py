@@ -59,7 +59,7 @@ def evaluate(
     from rwkv_core import side_by_side
     from rwkv_core.evaluation.subject import Subject
     from rwkv_core.tokenizer import for_vocabulary
-    from tasks.evaluate import store
+    from tasks.judging import store
 
     words = for_vocabulary(side_by_side.vocabulary(model), tokenizer)
     how: dict[str, Any] = {"dtype": dtype, "head_size_divisor": head_size_divisor, "store": store(Path.cwd())}

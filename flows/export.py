@@ -59,9 +59,10 @@ def export(
             report = core.export_state(model, folder, formats)
         else:
             kinds = [form.removeprefix("gguf-") for form in formats if form.startswith("gguf-")]
-            chosen = {
+            chosen: dict[str, Any] = {
                 "formats": list(dict.fromkeys(form.partition("-")[0] for form in formats)), "dtype": dtype,
                 "gguf": kinds or ["f16"], "hf": {"dtype": dtype, "part_gb": part_gb}, "conformance": conformance,
+                "card": {"license": None, "languages": [], "base_model": None, "datasets": []},
             }  # fmt: skip
             report = core.export(
                 model, folder, ExportConfig.model_validate(chosen), state=state, tokenizer=tokenizer,

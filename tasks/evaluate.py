@@ -3,18 +3,15 @@
 import json
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkv_core import models, report
-from rwkv_core.checkpoint import Dtype
 from rwkv_core.data.binidx import Documents
-from rwkv_core.data.whole import Source, whole
+from rwkv_core.data.whole import whole
 from rwkv_core.errors import InputError
 from rwkv_core.evaluation import held_out
 from rwkv_core.evaluation.judge import Judged, Texts, compare, judge, write_documents, write_positions
-from rwkv_core.evaluation.store import Store
 from rwkv_core.evaluation.subject import Subject
 from rwkv_core.evaluation.suite import Suite
 from rwkv_core.files import sha256, whole_folder, write_json
@@ -22,15 +19,12 @@ from rwkv_core.generation.sampling import Sampling
 from rwkv_core.tokenizer import named
 from tasks import stage, tracking
 from tasks.evidence import evidence
+from tasks.judging import precision, sources, store
 from tasks.params import Params, load
-from tasks.record import main_root
 
 TEXTS = Path("evaluation")
 """Where general text lies, and whatever else models are judged by. dvc.yaml can't name a file that may be none: the folder is
 the dependency."""
-
-STORE = Path(".rwkvflow/scores")
-"""What is known of models, in the main checkout: bases are the same in all experiments."""
 
 
 def evaluate() -> None:
@@ -95,23 +89,6 @@ def evaluate() -> None:
         sentence = report.write(out, evidence(Path.cwd(), out))
     tracking.publish(Path.cwd(), params.tracking)
     print(f"{sentence.en} The report is {stage.EVALUATE / 'report.html'}")
-
-
-def store(root: Path) -> Store:
-    """What is known of models: in a checkout, the main one's; elsewhere, the user's."""
-    return Store(main_root(root) / STORE) if (root / "params.yaml").exists() else Store.of_user()
-
-
-def sources(manifest: Mapping[str, Any]) -> list[Source]:
-    """The parts of data.parts in the held-out documents, by a preparation's manifest."""
-    valid = manifest["valid"]
-    whole = [{"name": "all", "first": 0, "documents": valid["documents"]}]  # as early manifests say nothing of parts
-    return [Source(part["name"], part["first"], part["documents"]) for part in valid.get("parts", whole)]
-
-
-def precision(params: Params) -> Dtype:
-    """What models are judged in: as they were trained."""
-    return "bf16" if params.train.precision == "bf16" else "fp32"
 
 
 def _check_place(setting: str, path: Path | None) -> None:

@@ -32,7 +32,7 @@ from rwkv_core.gate import Check
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.tokenizer import named
 from tasks import mirror, registry, stage, tracking
-from tasks.evaluate import precision, sources, store
+from tasks.judging import precision, sources, store
 from tasks.params import Params
 from tasks.record import main_root
 from tasks.registry import Registry, Version

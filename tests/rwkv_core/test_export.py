@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 def export(model, out, formats, dtype, state=None, **more):
     """With the usual settings of what the formats don't name: float16 in a .gguf, a folder as the model is."""
-    usual = {"gguf": ["f16"], "hf": {"dtype": "as_loaded", "part_gb": 5}, "conformance": "structure"}
+    card = {"license": None, "languages": [], "base_model": None, "datasets": []}
+    usual = {"gguf": ["f16"], "hf": {"dtype": "as_loaded", "part_gb": 5}, "conformance": "structure", "card": card}
     kinds = {key: more.pop(key) for key in ("gguf", "hf") if key in more}
     config = ExportConfig.model_validate(usual | {"formats": formats, "dtype": dtype} | kinds)
     return core.export(model, out, config, state=state, **more)
@@ -418,7 +419,10 @@ print(high_water("self") - before)
     size, largest = (tmp_path / "model.pth").stat().st_size, WORLD * 512 * 2
     assert size > 2.4e8
     config = {"formats": ALL, "dtype": "bf16", "gguf": ["f16", "q8_0"], "hf": {"dtype": "as_loaded", "part_gb": 1}}
-    config["conformance"] = "structure"
+    config |= {
+        "conformance": "structure",
+        "card": {"license": None, "languages": [], "base_model": None, "datasets": []},
+    }
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "model.pth"), str(tmp_path / "out"), json.dumps(config)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

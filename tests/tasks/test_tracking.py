@@ -736,7 +736,9 @@ def test_importing_is_light():
 
 
 def test_metrics_of_unknown_shape_are_no_trouble(tmp_path):
-    write(tmp_path / "outputs/evaluate/metrics.json", {"a": None, "b": [1, 2, 3], "c": {"d": "text", "e": True}})
-    assert mirror.metrics(tmp_path, ["evaluate"]) == {"evaluate/c/e": 1.0}
+    write(
+        tmp_path / "outputs/evaluate/metrics.json", {"a": None, "b": [1, 2, 3], "c": {"d": "text", "e": True, "f": 2}}
+    )
+    assert mirror.metrics(tmp_path, ["evaluate"]) == {"evaluate/c/f": 2.0}
     (tmp_path / "outputs/evaluate/metrics.json").write_text("not json")
     assert mirror.metrics(tmp_path, ["evaluate"]) == {}
