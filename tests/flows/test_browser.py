@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ def whole(page: Any, path: Path) -> None:
 
 def fill(page: Any, form: str, name: str, **fields: str) -> None:
     """Open a deployment's form and fill it in."""
-    page.goto(form)
-    page.get_by_label("Context length (Optional)").wait_for()
+    from playwright.sync_api import TimeoutError as TooLate
+
+    for last in (False, False, True):  # as a person would: the server's page does not always come to its end
+        with suppress(*() if last else (TooLate,)):
+            page.goto(form, timeout=PATIENCE / 10)
+            page.get_by_label("Context length (Optional)").wait_for(timeout=PATIENCE / 10)
+            break
     page.get_by_label("Run Name").fill(name)
     for title, value in fields.items():
         page.get_by_label(f"{title.replace('_', ' ')} (Optional)", exact=True).fill(value)

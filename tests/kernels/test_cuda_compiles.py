@@ -20,7 +20,7 @@ FILES = sorted(file.stem for file in FOLDER.glob("*.cu"))
 GPUS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
 """By name, the bytes of shared memory that a block may have."""
 
-LARGE = {"wkv7_128": [*GPUS], "wkv7_256": ["sm_90", "sm_120"]}
+LARGE = {"wkv7_128": ["sm_90", "sm_120"], "wkv7_256": ["sm_90"]}
 """What takes a minute for each GPU: it is translated once, for the oldest, and assembled for these."""
 
 try:
