@@ -70,7 +70,7 @@ def test_a_merge_holds_a_few_tensors_and_not_the_model(count, large, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     widest = 4 * WIDTH * 4 * WIDTH  # bytes of the largest matrix in float32
     assert base.stat().st_size > 16 * widest
-    assert int(done.stdout) < 8 * widest
+    assert int(done.stdout) < 10 * widest
     start, merged = checkpoint.read(base), checkpoint.read(out)
     assert list(merged) == list(start)
     assert all(torch.equal(merged[name], (x.float() + 4 * count).bfloat16()) for name, x in start.items())
