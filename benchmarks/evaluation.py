@@ -10,19 +10,16 @@ equal length, which suits who reads them one by one, and of lengths as of a chat
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
-from benchmarks.inference import CHANNELS, LAYERS, PROMPT, VOCABULARY, products, seconds, write_model
+from benchmarks.inference import CHANNELS, LAYERS, PROMPT, VOCABULARY, products, seconds, waiting, write_model
 from benchmarks.machine import describe, parser, tell
 from rwkv_core import checkpoint, models
 from rwkv_core.data.binidx import Documents, Writer
@@ -86,49 +83,18 @@ for line in sys.stdin:
 """
 
 
-@contextmanager
-def waiting(program: str, file: Path, threads: int) -> Iterator[Callable[[str], tuple[float, float]]]:
-    """Another program with the model loaded. A call says what to do, and gets seconds and nats."""
-    switches = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(file), str(threads)],
-        env=os.environ | switches, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-    def read(first: str) -> list[str]:
-        for line in process.stdout or ():
-            if line.startswith(first):
-                return line.split()
-        raise RuntimeError(f"{file.name}: its reader ended; its message is above")
-
-    def ask(what: str) -> tuple[float, float]:
-        if process.stdin is None:
-            raise RuntimeError("the reader has no input")
-        process.stdin.write(what + "\n")
-        process.stdin.flush()
-        _, took, nats = read("took")
-        return float(took), float(nats)
-
-    try:
-        read("ready")
-        yield ask
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def measure(folder: Path, threads: int, rounds: int) -> str:
     path = folder / "model.pth"
     write_model(path)
     model = models.load(path).eval()
     tensors, tokenizer = checkpoint.read(path), named("world", {})
     with ExitStack() as stack:
-        official = stack.enter_context(waiting(OFFICIAL, path, threads))
+        official = stack.enter_context(waiting(OFFICIAL, threads, path, threads))
         others = {"rwkv package, float32": (official, "every")}
         for form in ("f32", "f16"):
             file = folder / f"{form}.gguf"
             gguf.write(file, tensors, form, tokenizer.table)
-            ask = stack.enter_context(waiting(LLAMA % VOCABULARY, file, threads))
+            ask = stack.enter_context(waiting(LLAMA % VOCABULARY, threads, file, threads))
             others[f"llama.cpp, {form}, logits of all"] = ask, "every"
             others[f"llama.cpp, {form}, logits of the last"] = ask, "last"
         floor = products(model)
@@ -143,7 +109,7 @@ def table(
     lengths: Sequence[int],
     model: RWKV,
     tokenizer: Tokenizer,
-    others: Mapping[str, tuple[Callable[[str], tuple[float, float]], str]],
+    others: Mapping[str, tuple[Callable[[str], list[float]], str]],
     floor: Callable[[], None],
     rounds: int,
 ) -> str:

@@ -39,8 +39,6 @@ USUAL = {
     "dtype": "as_loaded",
     "gguf": ["f16"],
     "hf": {"dtype": "as_loaded", "part_gb": 5},
-    "conformance": "structure",
-    "card": {"license": None, "languages": [], "base_model": None, "datasets": []},
 }
 
 CHILD = """
@@ -48,7 +46,7 @@ import json, sys, time
 from pathlib import Path
 from benchmarks.prepare import high_water
 from rwkv_core import export
-from rwkv_core.config import ExportConfig
+from rwkv_core.config import FormatsConfig
 from rwkv_core.tokenizer import world
 import gguf, safetensors.torch
 world()
@@ -68,7 +66,7 @@ def sha256(path):
 export._check, export.sha256 = check, sha256
 before = high_water("self")
 began = time.perf_counter()
-report = export.export(Path(sys.argv[1]), Path(sys.argv[2]), ExportConfig.model_validate_json(sys.argv[3]))
+report = export.export(Path(sys.argv[1]), Path(sys.argv[2]), FormatsConfig.model_validate_json(sys.argv[3]))
 whole = time.perf_counter() - began
 (entry,) = report["formats"].values()
 took = {"whole": whole, "written": whole - sum(spent), "bytes": entry["bytes"], "memory": high_water("self") - before}

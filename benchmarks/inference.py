@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -66,32 +67,40 @@ def write_model(path: Path) -> None:
     checkpoint.write(path, tensors)
 
 
-class Official:
-    """The `rwkv` package, waiting in a process of its own."""
+@contextmanager
+def waiting(program: str, threads: int, *words: object) -> Iterator[Callable[[str], list[float]]]:
+    """Another program, which waits in a process of its own with its model loaded. A call says what to do, and gets its numbers.
 
-    def __init__(self, stem: Path, threads: int) -> None:
-        switches = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-c", OFFICIAL, str(stem), str(threads), str(PROMPT), str(TOKENS)]
-        self.process = subprocess.Popen(
-            command, env=os.environ | switches, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._read("ready")
+    Args:
+        program: says "ready", and for each line that it reads "took" with the seconds and what else it found.
+        threads: that it may use.
+        words: what it is started with.
+    """
+    switches = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)],
+        env=os.environ | switches, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
-    def _read(self, first: str) -> list[str]:
-        if self.process.stdout is None:
-            raise RuntimeError("the official package's process has no output")
-        for line in self.process.stdout:
+    def read(first: str) -> list[float]:
+        for line in process.stdout or ():
             if line.startswith(first):
-                return line.split()
-        raise RuntimeError("the official package's process ended; its message is above")
+                return [float(word) for word in line.split()[1:]]
+        raise RuntimeError(f"the program started with {words} ended; its message is above")
 
-    def seconds(self, what: str) -> float:
-        """How long it says that it took."""
-        if self.process.stdin is None:
-            raise RuntimeError("the official package's process has no input")
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return float(self._read("took")[1])
+    def ask(what: str) -> list[float]:
+        if process.stdin is None:
+            raise RuntimeError("the program has no input")
+        process.stdin.write(what + "\n")
+        process.stdin.flush()
+        return read("took")
+
+    try:
+        read("ready")
+        yield ask
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -142,7 +151,6 @@ def measure(folder: Path, threads: int, rounds: int) -> str:
     write_model(path)
     ids = torch.randint(1, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(1))
     torch.save(ids, folder / "model.ids")
-    official = Official(folder / "model", threads)
     wide, narrow = models.load(path), models.load(path, dtype=torch.bfloat16)
     large, total = torch.randn(1 << 26), torch.empty(1)
     read = build.function("linear", "rwkv_sum", "4q")
@@ -164,13 +172,12 @@ def measure(folder: Path, threads: int, rounds: int) -> str:
         "token bf16": generate(narrow, states["narrow"]),
     }
     took: dict[str, list[float]] = {name: [] for name in (*ours, "official prompt", "official token")}
-    for _ in range(rounds + 1):
-        for name, call in ours.items():
-            took[name].append(seconds(call))
-        for what in ("prompt", "token"):
-            took[f"official {what}"].append(official.seconds(what))
-    official.process.stdin.close() if official.process.stdin else None
-    official.process.wait()
+    with waiting(OFFICIAL, threads, folder / "model", threads, PROMPT, TOKENS) as official:
+        for _ in range(rounds + 1):
+            for name, call in ours.items():
+                took[name].append(seconds(call))
+            for what in ("prompt", "token"):
+                took[f"official {what}"].append(official(what)[0])
     theirs = torch.load(folder / "model.logits")
     torch.testing.assert_close(results["ours"], theirs, rtol=1e-3, atol=1e-3)
     medians = {name: median(times[1:]) for name, times in took.items()}  # the first maps memory and starts threads

@@ -359,9 +359,7 @@ def conform(
     structure: Annotated[
         bool, typer.Option("--structure", help="Run no model: tensors, values and tokens alone.")
     ] = False,
-    head_size_divisor: Annotated[
-        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
-    ] = None,
+    head_size_divisor: options.Divisor = None,
     form: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="How to say it.")] = "text",
 ) -> None:
     """Check a file with its clients: do they read it, and do they compute what it says? Fails if not."""

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from flows import options
 from rwkv_core.errors import InputError
 
 
@@ -16,34 +17,24 @@ def evaluate(
         Path,
         typer.Argument(help="Text: whatever data.source may be. Or token files with their masks: outputs/data/valid."),
     ],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="An adapter trained on the model, and its state. It is not merged, but stays beside."),
-    ] = None,
-    state: Annotated[Path | None, typer.Option(help="A tuned state to begin from: state.pth.")] = None,
-    quantize: Annotated[
-        Literal["none", "int8", "int8-double", "nf4", "nf4-double", "fp4", "fp4-double", "fp8"] | None,
-        typer.Option(help="Pack the matrices of the blocks; as in the adapter's training, if none."),
-    ] = None,
+    adapter: options.Beside = None,
+    state: options.State = None,
+    quantize: options.Packed = None,
     against: Annotated[
         Path | None, typer.Option(help="What to compare with; if none, the model without all of the above.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder for metrics.json, documents.csv, positions.csv, receipt.json.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="20B_tokenizer.json, for a Pile model.")] = None,
-    dtype: Annotated[
-        Literal["bf16", "fp32", "as_loaded"] | None, typer.Option(help="What to compute in; bf16 on a GPU, else fp32.")
-    ] = None,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Precision = None,
     ctx_len: Annotated[
         int, typer.Option(min=1, help="Tokens of each document that go through the model at once.")
     ] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Documents side by side.")] = 8,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Coverage of the intervals.")] = 0.95,
-    head_size_divisor: Annotated[
-        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
-    ] = None,
+    head_size_divisor: options.Divisor = None,
 ) -> None:
     """Score a text with a model, as it is used, and with another: loss, perplexity, bits per byte, by source and position.
 

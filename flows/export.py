@@ -37,7 +37,7 @@ def export(
     """
     from rwkv_core import ai00
     from rwkv_core import export as core
-    from rwkv_core.config import ExportConfig
+    from rwkv_core.config import FormatsConfig
     from rwkv_core.conformance import report as verdict
     from rwkv_core.conformance.check import Checked
     from rwkv_core.conformance.exports import exported
@@ -61,11 +61,10 @@ def export(
             kinds = [form.removeprefix("gguf-") for form in formats if form.startswith("gguf-")]
             chosen: dict[str, Any] = {
                 "formats": list(dict.fromkeys(form.partition("-")[0] for form in formats)), "dtype": dtype,
-                "gguf": kinds or ["f16"], "hf": {"dtype": dtype, "part_gb": part_gb}, "conformance": conformance,
-                "card": {"license": None, "languages": [], "base_model": None, "datasets": []},
+                "gguf": kinds or ["f16"], "hf": {"dtype": dtype, "part_gb": part_gb},
             }  # fmt: skip
             report = core.export(
-                model, folder, ExportConfig.model_validate(chosen), state=state, tokenizer=tokenizer,
+                model, folder, FormatsConfig.model_validate(chosen), state=state, tokenizer=tokenizer,
                 special=options.special_tokens(special), head_size_divisor=head_size_divisor,
             )  # fmt: skip
             checked = exported(

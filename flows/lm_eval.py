@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from flows import options
 
 
 def lm_eval(
@@ -18,24 +20,14 @@ def lm_eval(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question; as each task says, if none.")
     ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="An adapter trained on the model, and its state. It is not merged, but stays beside."),
-    ] = None,
-    state: Annotated[Path | None, typer.Option(help="A tuned state to begin from: state.pth.")] = None,
-    quantize: Annotated[
-        Literal["none", "int8", "int8-double", "nf4", "nf4-double", "fp4", "fp4-double", "fp8"] | None,
-        typer.Option(help="Pack the matrices of the blocks; as in the adapter's training, if none."),
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="20B_tokenizer.json, for a Pile model.")] = None,
-    dtype: Annotated[
-        Literal["bf16", "fp32", "as_loaded"] | None, typer.Option(help="What to compute in; bf16 on a GPU, else fp32.")
-    ] = None,
+    adapter: options.Beside = None,
+    state: options.State = None,
+    quantize: options.Packed = None,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Precision = None,
     ctx_len: Annotated[int, typer.Option(min=1, help="Tokens of each text that go through the model at once.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Texts side by side.")] = 8,
-    head_size_divisor: Annotated[
-        float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")
-    ] = None,
+    head_size_divisor: options.Divisor = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: lm-eval's own results.")] = False,
 ) -> None:
     """Ask a model what tasks of lm-eval ask. Their data comes from the network, but for tasks of one's own."""

@@ -15,6 +15,17 @@ Special = Annotated[
     list[str] | None, typer.Option(help="A special token of the training: '<tool>=65530'. May be repeated.")
 ]
 Dtype = Annotated[Literal["bf16", "fp32", "fp16", "as_loaded"], typer.Option(help="What to compute in.")]
+Beside = Annotated[
+    Path | None,
+    typer.Option(help="An adapter trained on the model, and its state. It is not merged, but stays beside."),
+]
+Precision = Annotated[
+    Literal["bf16", "fp32", "as_loaded"] | None, typer.Option(help="What to compute in; bf16 on a GPU, else fp32.")
+]
+Packed = Annotated[
+    Literal["none", "int8", "int8-double", "nf4", "nf4-double", "fp4", "fp4-double", "fp8"] | None,
+    typer.Option(help="Pack the matrices of the blocks; as in the adapter's training, if none."),
+]
 Divisor = Annotated[float | None, typer.Option(help="What the model was made with; its config.json's, or 8, if none.")]
 Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where; cuda, if there is one.")]
 Quantize = Annotated[

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.head_loss import token_nll
 from rwkv_core import checkpoint, huggingface_folder, models
 from rwkv_core.checkpoint import Dtype
-from rwkv_core.config import ExportConfig
+from rwkv_core.config import FormatsConfig
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256
 from rwkv_core.formats import container, gguf, huggingface, order, q8_0, tuned_state, web_rwkv
@@ -58,7 +58,7 @@ class _Target(NamedTuple):
 def export(
     model: Path,
     out: Path,
-    config: ExportConfig,
+    config: FormatsConfig,
     *,
     state: Path | None = None,
     tokenizer: str = "world",
@@ -144,7 +144,7 @@ def _source(model: Path, tokenizer: str, special: Mapping[str, int], head_size_d
         raise InputError(f"{model}: {error}", "the sizes must fit together", "give a whole checkpoint") from None
 
 
-def _targets(source: _Source, config: ExportConfig) -> dict[str, _Target]:
+def _targets(source: _Source, config: FormatsConfig) -> dict[str, _Target]:
     """What is to be made, by the name that the report has for it. What no client reads is refused here, before work starts.
 
     Raises:

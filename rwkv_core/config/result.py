@@ -125,8 +125,8 @@ class HuggingFaceConfig(Config):
     """Largest part of the weights, in gigabytes. A larger model is in several, with an index."""
 
 
-class ExportConfig(Config):
-    """Which files to make for which clients; see docs/export.md."""
+class FormatsConfig(Config):
+    """Which files to make for which clients."""
 
     formats: tuple[Literal["pth", "st", "gguf", "hf"], ...] = Field(min_length=1)
     """pth: the rwkv package and RWKV Runner. st: web-rwkv and Ai00, fp16. gguf: llama.cpp and what is built on it, RWKV-6 and
@@ -140,18 +140,22 @@ class ExportConfig(Config):
 
     hf: HuggingFaceConfig
 
-    conformance: Literal["full", "structure"]
-    """full: the clients of each file, or readers that know no more than they do, compute logits of three prompts, in float32:
-    4 bytes a parameter of memory. structure: tensors, values and tokens alone, for models that this machine can't hold."""
-
-    card: CardConfig
-
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         for name, chosen in (("formats", self.formats), ("gguf", self.gguf)):
             if len(set(chosen)) < len(chosen):
                 raise ValueError(f"{name} names one twice: {', '.join(chosen)}")
         return self
+
+
+class ExportConfig(FormatsConfig):
+    """Which files to make for which clients, how they are checked, and what is said of them; see docs/export.md."""
+
+    conformance: Literal["full", "structure"]
+    """full: the clients of each file, or readers that know no more than they do, compute logits of three prompts, in float32:
+    4 bytes a parameter of memory. structure: tensors, values and tokens alone, for models that this machine can't hold."""
+
+    card: CardConfig
 
 
 class RetentionConfig(Config):

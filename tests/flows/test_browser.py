@@ -5,7 +5,6 @@ Its pictures are kept in the folder that RWKVFLOW_PICTURES names, else in the te
 
 import json
 import os
-import shutil
 import subprocess
 import urllib.parse
 from collections.abc import Iterator
@@ -13,16 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import chromium
 import pytest
 from miniature import free_port, processes_in, wait_until
 from project import Project, make, write_base
 from up import call, started
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING")
 PATIENCE = 600_000  # milliseconds: what is waited for comes, however slow the machine is
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")]
+pytestmark = [pytest.mark.slow, chromium.needed]
 
 
 @pytest.fixture
@@ -34,14 +33,10 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium.launched() as browser:
         opened = browser.new_page(viewport={"width": 1400, "height": 1000})
         opened.set_default_timeout(PATIENCE)
         yield opened
-        browser.close()
 
 
 @pytest.fixture

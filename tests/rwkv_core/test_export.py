@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rwkv_core import checkpoint, models
 from rwkv_core import export as core
-from rwkv_core.config import ExportConfig
+from rwkv_core.config import FormatsConfig
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.export import export_state
 from rwkv_core.files import sha256
@@ -24,10 +24,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 def export(model, out, formats, dtype, state=None, **more):
     """With the usual settings of what the formats don't name: float16 in a .gguf, a folder as the model is."""
-    card = {"license": None, "languages": [], "base_model": None, "datasets": []}
-    usual = {"gguf": ["f16"], "hf": {"dtype": "as_loaded", "part_gb": 5}, "conformance": "structure", "card": card}
+    usual = {"gguf": ["f16"], "hf": {"dtype": "as_loaded", "part_gb": 5}}
     kinds = {key: more.pop(key) for key in ("gguf", "hf") if key in more}
-    config = ExportConfig.model_validate(usual | {"formats": formats, "dtype": dtype} | kinds)
+    config = FormatsConfig.model_validate(usual | {"formats": formats, "dtype": dtype} | kinds)
     return core.export(model, out, config, state=state, **more)
 
 
@@ -400,11 +399,11 @@ import sys
 from pathlib import Path
 from benchmarks.prepare import high_water
 from rwkv_core import export
-from rwkv_core.config import ExportConfig
+from rwkv_core.config import FormatsConfig
 from rwkv_core.tokenizer import world
 import gguf, safetensors.torch
 world()
-config = ExportConfig.model_validate_json(sys.argv[3])
+config = FormatsConfig.model_validate_json(sys.argv[3])
 before = high_water("self")
 export.export(Path(sys.argv[1]), Path(sys.argv[2]), config)
 print(high_water("self") - before)
@@ -419,10 +418,6 @@ print(high_water("self") - before)
     size, largest = (tmp_path / "model.pth").stat().st_size, WORLD * 512 * 2
     assert size > 2.4e8
     config = {"formats": ALL, "dtype": "bf16", "gguf": ["f16", "q8_0"], "hf": {"dtype": "as_loaded", "part_gb": 1}}
-    config |= {
-        "conformance": "structure",
-        "card": {"license": None, "languages": [], "base_model": None, "datasets": []},
-    }
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "model.pth"), str(tmp_path / "out"), json.dumps(config)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -5,10 +5,10 @@ Pictures are kept in the folder that RWKVFLOW_PICTURES names, else in the test's
 
 import http.server
 import os
-import shutil
 import threading
 from pathlib import Path
 
+import chromium
 import numpy as np
 import pytest
 from reports import COMPARISON, EVIL, EVILS, evidence, evil
@@ -19,8 +19,7 @@ from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.texts import TEXTS
 from rwkv_core.tokenizer import named
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+pytestmark = chromium.needed
 
 CONTRAST = """() => {
   // https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio, of every text and what is painted behind it
@@ -55,12 +54,8 @@ OVERLAPS = """() => [...document.querySelectorAll("svg.chart")].flatMap(svg => {
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium.launched() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
