@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ from rwkv_core.tokenizer import END, Tokenizer
 
 BEGINNING = 16
 """Tokens of a document that are its first range of positions; each further range ends at twice the one before."""
+
+_BATCH = 32
+"""What a batch costs beside its tokens, in tokens: to read the model's matrices, to start its kernels."""
 
 
 class Scores(NamedTuple):
@@ -100,16 +104,16 @@ def score(
 ) -> Scores:
     """Score every document whole, whatever its length: the state goes from slice to slice of `ctx_len` tokens.
 
-    Documents of like length share a batch; the scores do not depend on that. A document is read after token 0, from which its
-    first token is predicted; or after a tuned state, and it is not. Two models are compared on the tokens that both predict.
-    All tokens are read, and those that the documents' mask has are scored.
+    Documents of like length share a batch, see `together`; the scores do not depend on that. A document is read after token 0,
+    from which its first token is predicted; or after a tuned state, and it is not. Two models are compared on the tokens that
+    both predict. All tokens are read, and those that the documents' mask has are scored.
 
     Args:
         model: in evaluation mode; or what gives it, which is asked only if there is something left to score.
         documents: what to score.
         tokenizer: to count the bytes by.
         ctx_len: tokens of each document that go through the model at once. It bounds the memory.
-        batch: documents side by side.
+        batch: documents side by side, at most.
         state: tuned, see `mount`; each document begins from it, without a token 0.
         skip_first: leave the first token of each document out of the score; after a state it always is.
         progress: is told how many documents are done, and how many there are.
@@ -120,18 +124,41 @@ def score(
     ranges = len(ends(int(documents.sizes.max(initial=0))))
     nats, tokens, size = np.zeros((len(order), ranges)), np.zeros((len(order), ranges)), np.zeros(len(order))
     widths = np.array([len(entry) for entry in tokenizer.table])
-    for number, start in enumerate(range(0, len(order), batch)):
-        chosen = order[start : start + batch]
+    for number, (start, stop) in enumerate(pairwise(together(documents.sizes[order], batch))):
+        chosen = order[start:stop]
         if number == len(journal.pieces):
             loaded = loaded or model()
             found = _batch(loaded, documents, chosen, widths, ctx_len, state, int(skip_first or state is not None))
             journal.add([column.tolist() for column in found])
             if progress is not None:
-                progress(start + len(chosen), len(order))
+                progress(stop, len(order))
         some_nats, some_tokens, size[chosen] = journal.pieces[number]
         here = len(some_nats[0])
         nats[chosen, :here], tokens[chosen, :here] = some_nats, some_tokens
     return Scores(nats.sum(1), tokens.sum(1), size, nats, tokens)
+
+
+def together(sizes: npt.NDArray[np.integer[Any]], most: int) -> list[int]:
+    """Which documents share a batch, so that all of them take the least: each is filled up to the longest of its batch.
+
+    Args:
+        sizes: (D,), their tokens, the longest first.
+        most: documents of a batch, at least 1.
+
+    Returns:
+        Where batches begin, and D.
+    """
+    count = len(sizes)
+    cost, stops = np.zeros(count + 1), np.zeros(count, np.int64)
+    rows = np.arange(1, most + 1)
+    for i in range(count - 1, -1, -1):  # what is from i on, by what is from each later place on
+        several = int(sizes[i]) * rows[: count - i] + cost[i + 1 : i + 1 + most]
+        best = int(several.argmin())
+        cost[i], stops[i] = several[best] + _BATCH, i + 1 + best
+    found = [0]
+    while found[-1] < count:
+        found.append(int(stops[found[-1]]))
+    return found
 
 
 def _batch(

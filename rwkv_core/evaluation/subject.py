@@ -160,7 +160,7 @@ class Subject:
             "skip_first": skip_first,
         }
         with self._store.journal({**self.about, **facts}) as journal:
-            done = len(journal.pieces) * batch >= len(documents)
+            done = sum(len(sizes) for *_, sizes in journal.pieces) == len(documents)
             return score(
                 lambda: self.model, documents, self.tokenizer, ctx_len=ctx_len, batch=batch,
                 state=None if done else self.tuned_state(), skip_first=skip_first or self.has_state, progress=progress,

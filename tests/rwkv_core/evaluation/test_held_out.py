@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ from rwkv_core import checkpoint
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.data.whole import Source
 from rwkv_core.errors import InputError
-from rwkv_core.evaluation.held_out import by_position, by_source, compare, ends, held_out_prompts, score
+from rwkv_core.evaluation.held_out import (
+    _BATCH,
+    by_position,
+    by_source,
+    compare,
+    ends,
+    held_out_prompts,
+    score,
+    together,
+)
 from rwkv_core.evaluation.measure import FEWEST
 from rwkv_core.evaluation.store import Journal, Store
 from rwkv_core.evaluation.subject import Subject
@@ -136,7 +146,32 @@ def test_score_does_not_depend_on_how_it_is_cut(ctx_len, batch, tiny, documents)
 def test_score_says_how_far_it_is(tiny, documents):
     said = []
     score(tiny.eval(), documents, LETTERS, ctx_len=8, batch=3, progress=lambda *done: said.append(done))
-    assert said == [(3, 8), (6, 8), (8, 8)]
+    assert said == sorted(said)
+    assert {all_of for _, all_of in said} == {8}
+    assert said[-1] == (8, 8)
+    assert all(0 < here - before <= 3 for (before, _), (here, _) in pairwise([(0, 8), *said]))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_batches_are_the_cheapest_of_all_ways_to_cut(most):
+    rng = np.random.default_rng(most)
+
+    def cost(cuts):
+        return sum((stop - start) * int(sizes[start]) + _BATCH for start, stop in pairwise(cuts))
+
+    for _ in range(30):
+        sizes = np.sort(rng.integers(1, 200, rng.integers(1, 9)))[::-1]
+        inner = range(1, len(sizes))
+        ways = [[0, *some, len(sizes)] for k in range(len(sizes)) for some in combinations(inner, k)]
+        allowed = [cuts for cuts in ways if max(np.diff(cuts)) <= most]
+        cuts = together(sizes, most)
+        assert cuts in allowed
+        assert cost(cuts) == min(map(cost, allowed))
+
+
+def test_batches_of_documents_of_one_length_are_full():
+    assert together(np.full(10, 300), 4) in ([0, 4, 8, 10], [0, 2, 6, 10], [0, 4, 6, 10])
+    assert together(np.array([], np.int64), 4) == [0]
 
 
 def test_bits_per_byte_by_hand():
