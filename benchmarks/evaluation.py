@@ -2,11 +2,11 @@
 
 python -m benchmarks.evaluation [--threads N] [--rounds N] [--out FILE]
 
-Ours is `evaluation.held_out.score`, as the stage calls it: cross-entropies of all tokens. llama.cpp reads each document as a
-batch, once with the logits of all tokens, which an evaluation needs, and once with those of the last, as its own benchmark of
-prompts does; the package's forward gives all. Each other program is a process of its own; all take turns. Documents are of
-equal length, which suits who reads them one by one, and of lengths as of a chat set. They need
-`pip install 'rwkv-flow[gguf,llama,rwkv]'`.
+Ours is `evaluation.held_out.score`, as the stage calls it: cross-entropies of all tokens; and, for the prompts' sake, each
+document read for the logits of its last token. llama.cpp reads each document as a batch, once with the logits of all tokens,
+which an evaluation needs, and once with those of the last, as its own benchmark of prompts does; the package's forward gives
+all. Each other program is a process of its own; all take turns. Documents are of equal length, which suits who reads them one
+by one, and of lengths as of a chat set. They need `pip install 'rwkv-flow[gguf,llama,rwkv]'`.
 """
 
 import json
@@ -25,6 +25,7 @@ from rwkv_core import checkpoint, models
 from rwkv_core.data.binidx import Documents, Writer
 from rwkv_core.evaluation.held_out import score
 from rwkv_core.formats import gguf
+from rwkv_core.generation.text import read
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.tokenizer import Tokenizer, named
 
@@ -126,10 +127,15 @@ def table(
     def ours() -> None:
         nats["ours"] = float(score(model, documents, tokenizer, ctx_len=512, batch=4).nats.sum())
 
-    took: dict[str, list[float]] = {"matrix products alone": [], "ours": [], **{name: [] for name in others}}
+    def last() -> None:
+        for row in ids:
+            read(model, [0, *row[:-1]], None, 512)
+
+    mine = {"matrix products alone": floor, "ours": ours, "ours, logits of the last": last}
+    took: dict[str, list[float]] = {name: [] for name in (*mine, *others)}
     for _ in range(rounds + 1):
-        took["matrix products alone"].append(sum(lengths) / PROMPT * seconds(floor))
-        took["ours"].append(seconds(ours))
+        for name, call in mine.items():
+            took[name].append(seconds(call) * (sum(lengths) / PROMPT if call is floor else 1))
         for name, (ask, what) in others.items():
             duration, nats[name] = ask(f"{what} {file}")
             took[name].append(duration)

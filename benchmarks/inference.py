@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import describe, parser, tell
 from kernels import build
+from kernels.products import linear, product
 from rwkv_core import checkpoint, models
 from rwkv_core.models.rwkv7 import RWKV7
 from rwkv_core.models.skeleton import RWKV
@@ -118,9 +118,9 @@ def products(model: RWKV) -> Callable[[], None]:
 
     def run() -> None:
         for weight in matrices:
-            F.linear(inputs[weight.shape[1]], weight)
+            linear(inputs[weight.shape[1]], weight)
         for down, up in pairs:
-            x @ down @ up
+            product(product(x, down), up)
 
     return run
 

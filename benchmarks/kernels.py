@@ -16,6 +16,7 @@ from benchmarks.machine import describe, parser, pin, tell
 from kernels import wkv4, wkv6, wkv7
 from kernels.channel_mix import relu_squared
 from kernels.head_loss import head_loss, head_loss_reference
+from kernels.products import product, put
 from kernels.time_mix7 import prepare, readout
 from kernels.token_shift import Norm, mix
 from rwkv_core import memory
@@ -56,15 +57,14 @@ def layer(version: int, c: int) -> list[tuple[int, int]]:
 
 
 def products(sizes: Sequence[tuple[int, int]], rows: int) -> Call:
-    """Products x W and dy W' of each: forward, and the gradient of the input, as with frozen matrices; no memory is made."""
+    """Products x W and dy W' of each: forward, and the gradient of the input, as with frozen matrices."""
     inputs = {size: torch.randn(rows, size) for pair in sizes for size in pair}
-    outputs = {size: torch.empty(rows, size) for size in inputs}
     weights = [torch.randn(size) for size in sizes]
 
     def run() -> None:
         for w in weights:
-            torch.mm(inputs[w.shape[0]], w, out=outputs[w.shape[1]])
-            torch.mm(inputs[w.shape[1]], w.mT, out=outputs[w.shape[0]])
+            product(inputs[w.shape[0]], w)
+            product(inputs[w.shape[1]], w.mT)
 
     return run
 
@@ -170,8 +170,8 @@ def head(rows: int, channels: int, vocab: int, rounds: int) -> list[object]:
 
     @torch.no_grad()
     def floor() -> None:
-        torch.mm(h, w.mT, out=out)
-        torch.mm(out, w, out=back)
+        put(out, h, w.mT)
+        put(back, out, w)
 
     t = milliseconds(
         {

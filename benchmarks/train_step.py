@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import describe, parser, pin, tell
 from kernels import head_loss as head
+from kernels.products import product, put
 from rwkv_core import memory
 from rwkv_core.adapters import attach
 from rwkv_core.adapters.lora import LoraLinear
@@ -29,6 +30,7 @@ from rwkv_core.models.skeleton import RWKV
 
 LAYERS, CHANNELS, HEAD_SIZE, VOCABULARY = 12, 768, 64, 65536
 PAIRS = ("w", "a", "g", "v")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "mkldnn::_linear_pointwise")
 TARGETS = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
 
 
@@ -56,8 +58,12 @@ def make(dtype: torch.dtype) -> RWKV:
     return model
 
 
+_LARGE = 1 << 25
+"""Bytes from which on new memory costs more than to copy what is in it."""
+
+
 class Floor:
-    """The products of a step, into memory that is already there."""
+    """The products of a step; large ones into memory that is already there."""
 
     def __init__(self, model: RWKV, rows: int) -> None:
         self.rows = rows
@@ -77,7 +83,7 @@ class Floor:
         """Do them all."""
         with torch.no_grad():
             for x, y, out in self.products:
-                torch.mm(x, y, out=out)
+                put(out, x, y) if out.nbytes > _LARGE else product(x, y)
 
     def flops(self) -> int:
         """Floating-point operations of them all."""
@@ -198,7 +204,7 @@ def breakdown(step: Step) -> dict[str, float]:
         step.gradients()
     spent: dict[str, float] = {}
     for event in found.key_averages():
-        product = event.key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_")
+        product = event.key in PRODUCTS
         name = "matrix products" if product else event.key
         spent[name] = spent.get(name, 0.0) + event.self_cpu_time_total / 1e6
     return dict(sorted(spent.items(), key=lambda item: -item[1]))

@@ -25,6 +25,7 @@ from kernels import build
 from kernels.choice import Form, Op, choose
 from kernels.linear import slow_in
 from kernels.operator import operator
+from kernels.products import faster, product, put
 
 IGNORE = -100
 """Target of a position that is not learned."""
@@ -205,22 +206,23 @@ def _forward(
         at = slice(start, start + block) if len(learned) == len(targets) else learned[start : start + block]
         h = hidden[at].to(dtype)
         z, found = logits[: len(h)], nll.new_empty(len(h))
-        for part, w in _parts(weight, dtype):
-            torch.mm(h, w.mT, out=z[:, part])
+        # what `put` has to copy is still in the cache if it is a part
+        for part, w in _parts(weight, dtype, whole=not faster(h, weight, h.numel() * len(weight))):
+            put(z[:, part], h, w.mT)
         aims, each = targets[at].contiguous(), None if counts is None else counts[at].contiguous()
         _fused(form)(z, aims, each, l2_wrap, found, wants_hidden or wants_weight)
         nll[at] = found
         if wants_hidden:
             dh = nll.new_zeros(h.shape)  # float32: in bfloat16 the parts' sum would lose what each of them keeps
             for part, w in _parts(weight, dtype):
-                dh += z[:, part] @ w
+                dh += product(z[:, part], w)
             dhidden[at] = dh.to(hidden.dtype)
         if wants_weight and rows is not None:
-            dweight += z[:, rows].mT @ h
+            dweight += product(z[:, rows].mT, h)
         elif wants_weight:
             for part in _slices(weight):
                 dw, dz = dweight[part], z[:, part].mT
-                dw.addmm_(dz, h) if dw.dtype is dtype else dw.add_(dz @ h)
+                put(dw, dz, h, beta=1) if dw.dtype is dtype else dw.add_(dz @ h)
     loss = (nll.double() if counts is None else nll.double() * counts).sum().to(nll.dtype)
     return loss, nll, dhidden, dweight
 
@@ -335,9 +337,11 @@ def _slices(weight: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, len(weight), step))
 
 
-def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight's rows in another dtype, some at a time, lest all of it stands in memory twice; in its own, all at once."""
-    if weight.dtype is dtype:
+def _parts(weight: Tensor, dtype: torch.dtype, *, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    """The weight's rows in another dtype, some at a time, lest all of it stands in memory twice; in its own all at once, if
+    that is better.
+    """
+    if weight.dtype is dtype and whole:
         yield slice(None), weight
         return
     for part in _slices(weight):

@@ -1,7 +1,7 @@
 """Matrices times a few rows: what a model does for each token it generates.
 
-On a CPU, up to ROWS rows run in csrc/linear.cpp at the speed of memory, if nobody will ask for gradients. All else is torch,
-where a processor without bfloat16 computes in float32.
+On a CPU, up to ROWS rows run in csrc/linear.cpp at the speed of memory, if nobody will ask for gradients. All else is torch
+(see `products`), where a processor without bfloat16 computes in float32.
 Shapes: ... any number of rows.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import build
+from kernels import build, products
 from kernels.choice import direct
 
 Activation = Literal["none", "tanh", "sigmoid"]
@@ -40,9 +40,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     size = x.shape[-1]
     rows = x.numel() // size if size else 0
     if not rows or not direct("linear", x, weight):
-        return linear_reference(x, weight)
+        return products.linear(x, weight.to(x.dtype))
     if rows > ROWS:
-        return _widened(x, weight) if slow_in(x) else linear_reference(x, weight)
+        return _widened(x, weight) if slow_in(x) else products.linear(x, weight.to(x.dtype))
     out = weight.shape[0]
     if weight.shape[1] != size:
         raise ValueError(f"weight is {tuple(weight.shape)}; for x {tuple(x.shape)} it must be (out, {size})")
@@ -72,7 +72,7 @@ def _widened(x: Tensor, weight: Tensor) -> Tensor:
     y, wide = x.new_empty((*x.shape[:-1], len(weight))), x.float()
     step = max(1, _WIDENED // x.shape[-1])
     for i in range(0, len(weight), step):
-        y[..., i : i + step] = F.linear(wide, weight[i : i + step].float())
+        y[..., i : i + step] = products.linear(wide, weight[i : i + step].float())
     return y
 
 
@@ -144,6 +144,6 @@ def low_rank_reference(
     dtype = x.dtype
 
     def raised(hidden: Tensor) -> Tensor:
-        return F.linear(hidden, up.mT.to(dtype), None if bias is None else bias.to(dtype).view(-1))
+        return products.linear(hidden, up.mT.to(dtype), None if bias is None else bias.to(dtype).view(-1))
 
-    return remake(raised, _ACTIVATIONS[activation](x @ down.to(x.dtype)))
+    return remake(raised, _ACTIVATIONS[activation](products.linear(x, down.mT.to(dtype))))

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import products
+
 Form = Literal["none", "int8", "int8-double", "nf4", "nf4-double", "fp4", "fp4-double", "fp8"]
 """How a matrix is kept; none: as it is."""
 
@@ -156,17 +158,17 @@ class _Product(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """The product x W' in the dtype of x, without a gradient of its own: (..., in) -> (..., out)."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight.to(x.dtype))
-    return torch.cat([F.linear(x, tile) for _, tile in weight.tiles(x.dtype)], -1)
+        return products.linear(x, weight.to(x.dtype))
+    return torch.cat([products.linear(x, tile) for _, tile in weight.tiles(x.dtype)], -1)
 
 
 def product_back(dy: Tensor, weight: Tensor | Packed) -> Tensor:
     """The product dy W in the dtype of dy, without a gradient of its own: (M, out) -> (M, in)."""
     if isinstance(weight, Tensor):
-        return dy @ weight.to(dy.dtype)
+        return products.product(dy, weight.to(dy.dtype))
     dx = dy.new_empty(len(dy), weight.shape[1])
     for rows, tile in weight.tiles(dy.dtype):
-        dx = torch.addmm(dx, dy[:, rows], tile, beta=1 if rows.start else 0)
+        products.put(dx, dy[:, rows], tile, beta=1 if rows.start else 0)
     return dx
 
 

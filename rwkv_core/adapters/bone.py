@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernels import products
 from rwkv_core.adapters.linear import AdaptedLinear, apply, fitting, rows
 from rwkv_core.quantize import Packed, product, product_back
 
@@ -51,7 +52,7 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | Packed, d: Tensor) -> Tensor:
         sums = fold(rows(x), len(d))
         y = product(x, weight)
-        rows(y).addmm_(sums, d.to(x.dtype))
+        products.put(rows(y), sums, d.to(x.dtype), beta=1)
         ctx.save_for_backward(sums, d)
         ctx.weight, ctx.shape = weight, x.shape
         return y
@@ -63,8 +64,8 @@ class _Adapted(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = product_back(dy, ctx.weight)
-            unfold(dy @ d.to(dy.dtype).mT, dx)
-        dd = (sums.mT @ dy).to(d.dtype)
+            unfold(products.product(dy, d.to(dy.dtype).mT), dx)
+        dd = products.product(sums.mT, dy).to(d.dtype)
         return None if dx is None else dx.view(ctx.shape), None, dd
 
 

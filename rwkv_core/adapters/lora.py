@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import products
 from rwkv_core.adapters.linear import AdaptedLinear, apply, autocast, fitting, rows
 from rwkv_core.quantize import Packed, product, product_back
 
@@ -73,9 +74,9 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, read: Tensor | None, weight: Tensor | Packed, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         kept = x if read is None else read
-        low = F.linear(rows(kept), a.to(x.dtype))
+        low = products.product(rows(kept), a.to(x.dtype).mT)
         y = product(x, weight)
-        rows(y).addmm_(low, b.to(x.dtype).mT, alpha=scale)
+        products.put(rows(y), low, b.to(x.dtype).mT, beta=1, alpha=scale)
         ctx.save_for_backward(kept, low, a, b)
         ctx.weight, ctx.scale, ctx.is_x = weight, scale, read is None
         return y
@@ -85,19 +86,14 @@ class _Adapted(torch.autograd.Function):
         kept, low, a, b = ctx.saved_tensors
         wants_x, wants_read = ctx.needs_input_grad[:2]
         dy, shape, scale = rows(grads[0]), kept.shape, ctx.scale
-        dlow = dy @ b.to(dy.dtype)
+        dlow = products.product(dy, b.to(dy.dtype))
         dx = product_back(dy, ctx.weight) if wants_x else None
-        dread = _product(dlow, a.to(dy.dtype), scale) if wants_read else None
+        dread = products.product(dlow, a.to(dy.dtype), scale) if wants_read else None
         if dx is not None and ctx.is_x:
-            dx.addmm_(dlow, a.to(dy.dtype), alpha=scale)
-        da = _product(dlow.mT, rows(kept), scale)
-        db = _product(low.mT, dy, scale).mT  # a wide result is faster to make than a tall one
+            products.put(dx, dlow, a.to(dy.dtype), beta=1, alpha=scale)
+        da = products.product(dlow.mT, rows(kept), scale)
+        db = products.product(low.mT, dy, scale).mT  # a wide result is faster to make than a tall one
         return (
             None if dx is None else dx.view(shape), None if dread is None else dread.view(shape), None,
             da.to(a.dtype), db.to(b.dtype), None,
         )  # fmt: skip
-
-
-def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """The product x y, scaled: no dearer than without."""
-    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)  # beta 0: the first is not read

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import products
 from rwkv_core.adapters.linear import apply, rows, wide
 from rwkv_core.quantize import product, product_back
 
@@ -103,7 +104,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, values, chosen = ctx.saved_tensors
         dx = product_back(grads[0], ctx.weight) if ctx.needs_input_grad[0] else None
-        return dx, (rows(grads[0])[:, chosen].mT @ rows(x)).to(values.dtype), None, None
+        return dx, products.product(rows(grads[0])[:, chosen].mT, rows(x)).to(values.dtype), None, None
 
 
 def stand_in(base: nn.Module, chosen: Sequence[int]) -> Rows:

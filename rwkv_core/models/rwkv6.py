@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import products
 from kernels.channel_mix import relu_squared
 from kernels.choice import Op
 from kernels.linear import low_rank
@@ -68,7 +69,7 @@ class TimeMix(nn.Module):
             x, before, xx, last = remake(lambda x, last: mixed(x, last, mus, norm, self.op), x, last)
         delta = remake(torch.sub, before, x)
         # how far each of five inputs moves towards the token before: a fixed part and one that depends on the data
-        hidden = torch.tanh(xx @ self.time_maa_w1).view(batch * time, 5, -1)
+        hidden = torch.tanh(products.linear(xx, self.time_maa_w1.mT)).view(batch * time, 5, -1)
         xw, xk, xv, xr, xg = remake(_moved, x, delta, *remake(self._shares, hidden))
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
