@@ -23,14 +23,14 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over
 "$@" &
 program=$!
 again=
-trap 'again=yes; kill -TERM $program' TERM # five minutes before the end, and when another job takes the place
-trap 'kill -TERM $program' INT
+trap 'again=yes; kill -TERM $program' TERM # five minutes before the end
+trap 'kill -TERM $program' INT                  # scancel --signal=INT --batch: for good
 while kill -0 $program 2>/dev/null; do # a signal ends `wait` early; the program still saves
     wait $program
     code=$?
 done
-# The next time, it continues where it was. Another job's taking the place is told to the training's processes alone; and a job
-# that is ended by scancel has had TERM too, but does not count as running any more.
+# The next time, it continues where it was. If another job takes the place, the training's processes alone have been told; and
+# a job that scancel ends has had TERM too, but is no longer running.
 job=$(scontrol show job "$SLURM_JOB_ID")
 [[ $code = 0 || $job != *PreemptTime=[0-9]* ]] || again=yes
 [[ -z $again || $job != *JobState=RUNNING* ]] || scontrol requeue "$SLURM_JOB_ID"
