@@ -17,15 +17,21 @@ set -u
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
 [ $# -gt 0 ] || set -- rwkvflow run
-export RWKVFLOW_LAUNCH="srun python"
+export RWKVFLOW_LAUNCH="srun --kill-on-bad-exit python"
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
 
 "$@" &
 program=$!
-asked=
-trap 'asked=yes; kill -TERM $program' TERM # five minutes before the end, and when another job takes the place
+again=
+trap 'again=yes; kill -TERM $program' TERM # five minutes before the end
+trap 'kill -TERM $program' INT                  # scancel --signal=INT --batch: for good
 while kill -0 $program 2>/dev/null; do # a signal ends `wait` early; the program still saves
     wait $program
     code=$?
 done
-[ -z "$asked" ] || scontrol requeue "$SLURM_JOB_ID" # the next time, it continues where it was
+# The next time, it continues where it was. If another job takes the place, the training's processes alone have been told; and
+# a job that scancel ends has had TERM too, but is no longer running.
+job=$(scontrol show job "$SLURM_JOB_ID")
+[[ $code = 0 || $job != *PreemptTime=[0-9]* ]] || again=yes
+[[ -z $again || $job != *JobState=RUNNING* ]] || scontrol requeue "$SLURM_JOB_ID"
 exit $code

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -100,17 +101,26 @@ def main(stage: Stage) -> NoReturn:
 def launch(module: str) -> None:
     """Become what `LAUNCH` says, with `-m module` behind it; return if it says nothing.
 
-    This process is replaced: dvc waits for the launcher, and what stops this stage stops that.
+    This process is replaced: dvc waits for the launcher, and what stops this stage stops that. But srun kills its processes
+    when it is told to stop: this process waits for it, and has it pass SIGUSR1 on to them instead.
     """
     words = shlex.split(os.environ.pop(LAUNCH, ""))
     if not words:
         return
     stop_with_parent()
+    command = [*words, "-m", module]
     try:
-        os.execvp(words[0], [*words, "-m", module])
+        if Path(words[0]).name != "srun":
+            os.execvp(words[0], command)
+        # in a session of its own, so that Ctrl+C and a terminal that goes away come through this process
+        srun = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_parent)
     except OSError as error:
         print(f"{LAUNCH} = {words[0]}: can't be started ({error.strerror}); correct it", file=sys.stderr)
         sys.exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: srun.send_signal(signal.SIGUSR1))
+    code = srun.wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def _stop_with_flow() -> None:

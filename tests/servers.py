@@ -1,4 +1,4 @@
-"""Real servers on free ports of this machine, each for as long as a `with` lasts: S3, ssh, PostgreSQL, Dask, http."""
+"""Real servers on free ports of this machine, each for as long as a `with` lasts: S3, ssh, PostgreSQL, Dask, Slurm, http."""
 
 import contextlib
 import hashlib
@@ -193,3 +193,43 @@ def dask(folder: Path, workers: int) -> Iterator[str]:
             log = folder / f"worker-{number}.log"
             stack.enter_context(started([sys.executable, *worker], log, cwd=folder, env=environment))
         yield address
+
+
+@contextlib.contextmanager
+def slurm(folder: Path, nodes: int, *settings: str) -> Iterator[dict[str, str]]:
+    """A Slurm cluster, all its nodes this machine, of whoever runs the tests; the variables by which its programs find it.
+
+    A node is called by an address of this machine, as the processes of a training meet at the first one's name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    who, file = pwd.getpwuid(os.getuid()).pw_name, folder / "slurm.conf"
+    names, ports = [[f"127.0.0.{1 + n}" for n in range(nodes)], [str(free_port()) for _ in range(nodes)]]
+    lines = [
+        *("ClusterName=team", "SlurmctldHost=localhost(127.0.0.1)", f"SlurmctldPort={free_port()}"),
+        *(f"SlurmUser={who}", f"SlurmdUser={who}", "AuthType=auth/none", "CredType=cred/none"),
+        *(f"StateSaveLocation={folder}/state", f"SlurmctldPidFile={folder}/controller.pid"),
+        *(f"SlurmdSpoolDir={folder}/spool.%n", f"SlurmdPidFile={folder}/%n.pid"),
+        *("SlurmdParameters=config_overrides", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none"),
+        *("SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", "GresTypes=gpu"),
+        f"NodeName={','.join(names)} Port=[{','.join(ports)}] CPUs=64 Gres=gpu:8",
+        *settings,
+    ]  # fmt: skip
+    file.write_text("\n".join(lines) + "\n")
+    for number in range(8):
+        (folder / f"card{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/card[0-7]\n")
+    (folder / "cgroup.conf").touch()
+    ours = {"SLURM_CONF": str(file)}
+
+    def ready() -> bool:
+        asked = subprocess.run(
+            ["sinfo", "-h", "-o", "%t"], env=os.environ | ours, capture_output=True, text=True, check=False
+        )
+        return asked.stdout.split() == ["idle"]
+
+    with contextlib.ExitStack() as stack:
+        for words in [["slurmctld", "-D"], *(["slurmd", "-D", "-N", name] for name in names)]:
+            log = folder / f"{words[-1]}.log"
+            process = stack.enter_context(started(words, log, env=os.environ | ours))
+        wait_for(process, log, ready)
+        yield ours

@@ -112,14 +112,15 @@ class Listener(pl.Callback):
         self._ask = ask
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Listen for Ctrl+C and for termination, in place of Lightning, which would leave a step half done.
+        """Listen for Ctrl+C and for termination, in place of Lightning, which would leave a step half done; and for SIGUSR1, by
+        which Slurm's srun is had to ask, see tasks/stage.py.
 
         Lightning has noted who listened before the run, and gives the signals back to them after it. Only a process's main
         thread may listen; a run in another one is stopped by whoever started it.
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
 
@@ -148,6 +149,8 @@ class Checkpoints(StepCallback):
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """A signal asks to stop."""
+        if self._signal is not None and number == signal.SIGUSR1:  # Slurm has told all processes already
+            return
         if self._signal is not None:  # asked twice: the last checkpoint is whole, so leave at once
             raise Interrupted(number, f"stopped at once; run again and it continues from {self._folder}")
         self._signal = number

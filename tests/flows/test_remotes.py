@@ -68,10 +68,9 @@ def clone(project, root):
     return Project(root, project.environment)
 
 
-def objects(project):
-    """What lies in the cache."""
-    cache = project.root / ".dvc/cache/files/md5"
-    return {path.parent.name + path.name.removesuffix(".dir") for path in cache.glob("*/*")}
+def objects(store):
+    """What lies in a cache or a remote."""
+    return {path.parent.name + path.name.removesuffix(".dir") for path in store.glob("files/md5/*/*")}
 
 
 def used(project, name):
@@ -205,15 +204,49 @@ def test_the_plots_show_experiments_over_each_other(queued, tmp_path):
     assert drawn["lengths"].count('aria-roledescription="bar"') == 3 * len(table(queued, "data/lengths.csv"))
 
 
+def test_an_experiment_is_shared_and_what_is_removed_everywhere_leaves_the_remote(queued, tmp_path):
+    store = tmp_path / "store"
+    queued.run("git", "init", "-q", "--bare", "-b", "main", str(tmp_path / "origin"))
+    queued.run("git", "remote", "add", "origin", str(tmp_path / "origin"))
+    queued.run("git", "push", "-q", "origin", "main")
+    queued.dvc("remote", "add", "--local", "-d", "team", str(store))
+    queued.dvc("push", "dvc.yaml", "models/base.pth.dvc", "corpus/mine.jsonl.dvc")
+    queued.dvc("exp", "push", "origin", "narrow", "wide")
+    kept = used(queued, "HEAD") | used(queued, "wide")
+    gone = used(queued, "narrow") - kept
+    assert gone | kept <= objects(store)
+
+    queued.run("git", "clone", "-q", str(tmp_path / "origin"), str(tmp_path / "colleague"))
+    colleague = Project(tmp_path / "colleague", queued.environment)
+    colleague.dvc("remote", "add", "--local", "-d", "team", str(store))
+    colleague.dvc("exp", "pull", "origin", "wide")
+    colleague.dvc("exp", "apply", "wide", check=False)  # as below: nobody has run the demo
+    assert "up to date" in colleague.dvc("status", "dvc.yaml").stdout
+    assert "Running stage" not in colleague.dvc("repro").stdout
+    assert json.loads(colleague.dvc("params", "diff", "--json").stdout)["params.yaml"]["adapter.rank"]["new"] == 4
+
+    clear = ["gc", "--all-branches", "--all-tags", "--all-experiments", "--cloud"]
+    asked = colleague.dvc(*clear, "--dry").stdout
+    assert all(f"{name[:2]}/{name[2:]}" in asked for name in gone)  # others' experiments, unless they are here
+    colleague.dvc("exp", "pull", "-A", "--no-cache", "origin")
+    assert "Removing" not in colleague.dvc(*clear, "--dry").stdout
+    colleague.dvc("exp", "remove", "narrow")
+    colleague.dvc("exp", "remove", "--git-remote", "origin", "narrow")
+    colleague.dvc(*clear, "--force")
+    assert kept <= objects(store)
+    assert not gone & objects(store)
+    assert "narrow" not in colleague.dvc("exp", "list", "origin").stdout
+
+
 def test_gc_takes_what_no_revision_uses_and_nothing_else(queued):
     kept = used(queued, "HEAD") | used(queued, "wide")
     gone = used(queued, "narrow") - kept
     queued.dvc("exp", "run", "--queue", "-n", "later", "-S", "adapter.rank=3")
     queued.dvc("exp", "remove", "narrow")
-    assert gone <= objects(queued)
+    assert gone <= objects(queued.root / ".dvc/cache")
     queued.dvc("gc", "--all-branches", "--all-tags", "--all-experiments", "--force")
-    assert kept <= objects(queued)
-    assert not gone & objects(queued)
+    assert kept <= objects(queued.root / ".dvc/cache")
+    assert not gone & objects(queued.root / ".dvc/cache")
     shutil.rmtree(queued.root / "outputs")
     queued.dvc("exp", "apply", "wide", check=False)  # it misses what the demo's stages, never run here, would have made
     assert "up to date" in queued.dvc("status", "dvc.yaml").stdout

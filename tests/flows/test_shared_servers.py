@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import json
 import os
 import re
 import shutil
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,6 +200,15 @@ def test_no_password_is_left_anywhere(trained, team):
     texts |= {f"printed by {project.root}": project.said.encode() for project in trained}
     secrets = {name: value.encode() for name, value in SECRETS.items() if name != "S3_KEY"}  # which says who, as a user
     assert not [(place, name) for place, text in texts.items() for name, secret in secrets.items() if secret in text]
+
+
+def test_the_browser_asks_the_server_that_it_has_the_page_from(team):
+    password = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+    server = team["PREFECT_API_URL"].removesuffix("/api")
+    password.add_password(None, server, "team", SECRETS["PREFECT_PASSWORD"])
+    opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(password))
+    with opener.open(f"{server}/ui-settings", timeout=60) as reply:
+        assert json.load(reply)["api_url"] == "/api"
 
 
 def test_nothing_of_the_compose_file_has_a_password_or_an_open_port():

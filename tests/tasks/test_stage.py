@@ -3,12 +3,15 @@
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
+from miniature import wait_until
 from project import ROOT
 
 STAGE = """
@@ -82,3 +85,33 @@ def test_it_goes_on_as_long_as_its_flow_run_lives(tmp_path):
     with life.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert end("import time; time.sleep(3)", RWKVFLOW_LIFE=str(life)).returncode == 0
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_srun_is_not_told_to_stop_but_to_pass_it_on(tmp_path, asked):
+    """A program stands in for it that does at signals as it does; the real one is in tests/flows/test_several_machines.py."""
+    srun = tmp_path / "srun"
+    srun.write_text(
+        f"#!{sys.executable}\n"
+        "import os, signal, sys\n"
+        "for killer in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+        "    signal.signal(killer, lambda *_: os._exit(137))\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))\n"
+        "print(*sys.argv[1:], os.getpid() == os.getsid(0), flush=True)\n"
+        "signal.pause()\n"
+    )
+    srun.chmod(0o755)
+    code = "from tasks import stage; stage.launch('tasks.train')"
+    environment = os.environ | {"RWKVFLOW_LAUNCH": f"{srun} --nodes 2 python"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "--nodes 2 python -m tasks.train True\n"
+    wait_until(lambda: caught(process) & 1 << signal.SIGHUP - 1)  # the last that it begins to listen for
+    process.send_signal(asked)
+    assert process.wait(60) == 138
+
+
+def caught(process):
+    """The signals that a process listens for, as bits."""
+    return int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
