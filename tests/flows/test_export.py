@@ -1,6 +1,7 @@
 """`rwkvflow export`."""
 
 import json
+import re
 import sys
 
 import golden_adapters as golden
@@ -77,3 +78,21 @@ def test_nothing_is_overwritten(model, tmp_path, monkeypatch, capsys):
     code, said = say(monkeypatch, capsys, model, tmp_path, "--format", "pth")
     assert code == 1
     assert "something is there already" in said
+
+
+def test_what_clients_would_compute_otherwise_is_refused_and_the_verdict_is_kept(model, tmp_path, monkeypatch, capsys):
+    """Every tensor is right, but clients take the heads' norm with another epsilon than this model has."""
+    out = tmp_path / "out"
+    words = ("--format", "st", "--head-size-divisor", "64")
+    code, said = say(monkeypatch, capsys, model, out, *words)
+    assert code == 1
+    assert re.match(r"rwkvflow: model\.st: reference is \S+ from our logits on the ASCII prompt", said), said
+    assert f"see {out}.refused/conformance.md" in said
+    assert not out.exists()
+    verdict = json.loads((tmp_path / "out.refused/conformance.json").read_text())["conformance"]
+    assert (verdict["passed"], verdict["conforms"]) == (False, "none")
+    assert [file["passed"] for file in verdict["files"]] == [False]
+    assert "| **no** | model.st | st |" in (tmp_path / "out.refused/conformance.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "out.refused"}
+    code, said = say(monkeypatch, capsys, model, out, *words, "--conformance", "structure")
+    assert (code, "conforms: st (structure)" in said) == (0, True)

@@ -187,6 +187,100 @@ def test_a_stop_text_ends_it_and_is_no_part_of_it(client):
         assert (text, why) == (whole[: whole.index(stop)], "stop")
 
 
+def drawn(model, prompt, count, sampling, stop=None):
+    """Of each token that `generate` draws: its bytes, its log-probability, the `count` likeliest, and characters before it.
+
+    From the model's logits after all that was read before it, at once.
+    """
+    opened = open_model(model, dtype="fp32", device="cpu")
+    [whole] = generate(opened.model, opened.tokenizer, [prompt], sampling, ctx_len=512, batch=1)
+    read = [0, *opened.tokenizer.encode(prompt)]
+    with torch.no_grad():
+        features, _ = opened.model.features(torch.tensor([[*read, *whole.tokens]]))
+        logprobs = torch.log_softmax(opened.model.head(features)[0].double(), -1)
+    table, found, text = opened.tokenizer.table, [], b""
+    for token, row in zip(whole.tokens, logprobs[len(read) - 1 :], strict=False):
+        best = [(table[i], float(row[i])) for i in row.argsort(descending=True)[:count]]
+        found.append((table[token], float(row[token]), best, text.decode(errors="ignore")))
+        text += table[token]
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_tells_how_likely_each_token_was(model, client, stream):
+    """The model's own probabilities, whatever penalties and limits say; characters in several tokens too."""
+    want = drawn(model, "User: What is it?\n\nAssistant:", 3, LIKE_CHAT)
+    answer = ask(client, logprobs=True, top_logprobs=3, stream=stream)
+    if stream:
+        chunks = list(answer)
+        assert all(chunk.choices[0].logprobs is None for chunk in chunks if chunk.choices[0].delta.role)
+        assert sum(chunk.choices[0].logprobs is not None for chunk in chunks) > 6, "they did not stream"
+        told = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    else:
+        told = answer.choices[0].logprobs.content
+    assert [bytes(one.bytes) for one in told] == [data for data, *_ in want]
+    assert [one.logprob for one in told] == pytest.approx([logprob for _, logprob, *_ in want], abs=1e-3)
+    for one, (data, _, best, _) in zip(told, want, strict=True):
+        assert one.token.encode() == data or one.token.startswith("bytes:\\x")
+        assert [bytes(other.bytes or ()) for other in one.top_logprobs] == [other for other, _ in best]
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx([p for _, p in best], abs=1e-3)
+
+
+def test_a_completion_tells_how_likely_each_token_was(model, client):
+    """At the offsets that OpenAI counts, from the prompt's beginning; of prompts of text and of tokens."""
+    ids = open_model(model).tokenizer.encode("Once, 真")
+    sampling = replace(LIKE_CHAT, temperature=0.9, top_p=1.0)
+    want = drawn(model, "Once, 真", 2, sampling)
+    for prompt in ("Once, 真", [ids]):
+        for stream in (False, True):
+            answer = client.completions.create(
+                model="goose",
+                prompt=prompt,
+                max_tokens=12,
+                seed=5,
+                temperature=0.9,
+                top_p=1.0,
+                logprobs=2,
+                stream=stream,
+            )
+            parts = [x.choices[0].logprobs for x in answer if x.choices[0].logprobs] if stream else []
+            parts = parts or [answer.choices[0].logprobs]
+            assert [offset for part in parts for offset in part.text_offset] == [len("Once, 真" + x) for *_, x in want]
+            logprobs = [logprob for part in parts for logprob in part.token_logprobs]
+            assert logprobs == pytest.approx([logprob for _, logprob, *_ in want], abs=1e-3)
+            tokens, best = ([x for part in parts for x in getattr(part, name)] for name in ("tokens", "top_logprobs"))
+            for name, logprob, others, (data, _, likeliest, _) in zip(tokens, logprobs, best, want, strict=True):
+                assert name == data.decode(errors="ignore") or name.startswith("bytes:\\x")
+                assert others[name] == logprob, "the token that was drawn is among them"
+                assert len(others) == len({data, *(other for other, _ in likeliest)})
+
+
+def test_tokens_of_a_stop_text_are_not_told(client):
+    whole = ask(client, logprobs=True).choices[0]
+    tokens = whole.logprobs.content
+    stop = tokens[4].token + tokens[5].token
+    for stream in (False, True):
+        answer = ask(client, logprobs=True, stop=stop, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        told = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
+        assert told == tokens[:4]
+        assert all(one.top_logprobs == [] for one in told)
+
+
+def test_logprobs_of_none_are_null_and_of_thoughts_are_refused(client):
+    assert ask(client).choices[0].logprobs is None
+    assert all(chunk.choices[0].logprobs is None for chunk in ask(client, stream=True))
+    with pytest.raises(openai.BadRequestError, match="top_logprobs: is for answers with logprobs") as refused:
+        ask(client, top_logprobs=2)
+    assert refused.value.param == "top_logprobs"
+    with pytest.raises(openai.BadRequestError, match="logprobs: are of an answer without thoughts"):
+        ask(client, logprobs=True, reasoning_effort="low")
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 20"):
+        ask(client, logprobs=True, top_logprobs=21)
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 5"):
+        client.completions.create(model="goose", prompt="a", max_tokens=1, logprobs=6)
+
+
 def test_without_a_seed_each_answer_is_another(client):
     said = {ask(client, seed=openai.omit, top_p=1.0).choices[0].message.content for _ in range(3)}
     assert len(said) == 3
