@@ -1,5 +1,6 @@
 """`rwkvflow serve` as a process, asked by OpenAI's own client."""
 
+import itertools
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from rwkv_core.generation.chat import open_chat
 from rwkv_core.generation.opened import open_model
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import generate
+from rwkv_core.tokenizer import world
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
@@ -415,6 +417,96 @@ def test_what_is_not_there_is_an_error_in_the_same_form(server):
     for reply in (httpx.get(f"{server.address}/docs"), httpx.get(f"{server.address}/v1/completions")):
         assert reply.status_code in (404, 405)
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+SAID = [" One", ",", " two", ";", " three", "."]
+THOUGHT = [">", "H", "m", "</", "th", "ink", ">(", "Four", "\n\n", "User", ":"]
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Iterator[Served]:
+    """A model that says what it is made to: after an "Assistant:" `SAID` and token 0, in a thought `THOUGHT`.
+
+    Its blocks add nothing, so the last token alone decides the next.
+    """
+    folder = tmp_path_factory.mktemp("parrot")
+    write_base(folder / "parrot.pth")
+    tensors, vocabulary = checkpoint.read(folder / "parrot.pth"), world()
+    for name, x in tensors.items():
+        if name.endswith(("output.weight", "ffn.value.weight")):
+            x.zero_()
+    chains = ([":", *SAID, None], ["think", *THOUGHT])
+    follows = {one: other for chain in chains for one, other in itertools.pairwise(chain)}
+    tensors["emb.weight"].zero_()
+    tensors["head.weight"].zero_()
+    generator = torch.Generator().manual_seed(0)
+    for text, following in follows.items():
+        direction = torch.randn(tensors["emb.weight"].shape[1], generator=generator).sign()
+        tensors["emb.weight"][vocabulary.table.index(text.encode())] = direction
+        tensors["head.weight"][0 if following is None else vocabulary.table.index(following.encode())] += direction
+    checkpoint.write(folder / "parrot.pth", tensors)
+    with served(folder / "parrot.pth", folder) as running:
+        yield running
+
+
+def hear(parrot, stream, **how):
+    """What is said, what is thought, why it ended, and of how many tokens."""
+    how = {"model": "parrot", "messages": ASKED, "stream": stream} | how
+    if not stream:
+        answer = parrot.client().chat.completions.create(**how)
+        [choice] = answer.choices
+        thought = getattr(choice.message, "reasoning_content", "")
+        return choice.message.content, thought, choice.finish_reason, answer.usage.completion_tokens
+    *chunks, last = parrot.client().chat.completions.create(**how, stream_options={"include_usage": True})
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    said = "".join(delta.content or "" for delta in deltas)
+    thought = "".join(getattr(delta, "reasoning_content", "") for delta in deltas)
+    why = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert not any(why[:-1])
+    return said, thought, why[-1], last.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_how_an_answer_ends_and_what_it_counts(parrot, stream):
+    """By token 0, at its longest, by a stop text; and what might have become one is said after all."""
+    whole = "".join(SAID).lstrip()
+    assert hear(parrot, stream) == (whole, "", "stop", 7)
+    assert hear(parrot, stream, max_tokens=6) == (whole, "", "length", 6)
+    assert hear(parrot, stream, max_tokens=7) == (whole, "", "stop", 7)
+    assert hear(parrot, stream, max_tokens=2) == ("One,", "", "length", 2)
+    assert hear(parrot, stream, max_completion_tokens=2, max_tokens=5) == ("One,", "", "length", 2)
+    assert hear(parrot, stream, stop=" two") == ("One,", "", "stop", 3)
+    assert hear(parrot, stream, stop=["never", "; thr", "wo;"]) == ("One, t", "", "stop", 4)
+    assert hear(parrot, stream, stop="three.\n") == (whole, "", "stop", 7)
+    assert hear(parrot, stream, stop="three.\n", max_tokens=6) == (whole, "", "length", 6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_thought_is_apart_and_the_next_turn_ends_an_answer(parrot, stream):
+    for effort in ("low", "medium", "high"):
+        assert hear(parrot, stream, reasoning_effort=effort) == ("(Four", "Hm", "stop", len(THOUGHT))
+    assert hear(parrot, stream, reasoning_effort="low", max_tokens=4) == ("", "Hm</", "length", 4)
+
+
+def test_what_was_read_is_counted_once(parrot):
+    """Without token 0; two prompts, two continuations of each."""
+    answer = parrot.client().completions.create(model="parrot", prompt=["a:", "b:"], n=2, max_tokens=3)
+    assert [(x.index, x.text, x.finish_reason) for x in answer.choices] == [
+        (i, " One, two", "length") for i in range(4)
+    ]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 12, 16)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    again = parrot.client().completions.create(model="parrot", prompt="a: One,", max_tokens=1)
+    assert (again.usage.prompt_tokens, again.usage.prompt_tokens_details.cached_tokens) == (4, 2)
+
+
+def test_a_stream_ends_as_openais_does(parrot):
+    body = {"model": "parrot", "messages": ASKED, "stream": True}
+    reply = httpx.post(f"{parrot.address}/v1/chat/completions", json=body, timeout=PATIENCE)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *events, end, empty = reply.text.split("\n\n")
+    assert (end, empty) == ("data: [DONE]", "")
+    assert {json.loads(event.removeprefix("data: "))["object"] for event in events} == {"chat.completion.chunk"}
 
 
 @pytest.fixture(scope="module")
