@@ -1,5 +1,6 @@
 """`rwkvflow export`: any model, tuned state or adapter, for any client."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,7 +70,7 @@ def export(
             )  # fmt: skip
             checked = exported(
                 folder, report, model, conformance, state=state, head_size_divisor=head_size_divisor,
-                tokenizer=named(tokenizer, options.special_tokens(special)),
+                tokenizer=named(tokenizer, report.get("special_tokens")),
             )  # fmt: skip
             refused = out.with_name(f"{out.name}.refused")
             if not all(one.passed for one in checked):
@@ -98,4 +99,11 @@ def _told(report: dict[str, Any]) -> list[str]:
                 f"{made['file']}: {made['bytes']} bytes, {made['tensors']} tensors; "
                 f"rounding of at most {made['largest_rounding']:.3g}, {made['flushed_to_zero']} values became 0"
             )
-    return lines
+    special = " ".join(
+        f"--special {shlex.quote(f'{text}={i}')}" for text, i in report.get("special_tokens", {}).items()
+    )
+    return (
+        [*lines, f"conformance.json: special tokens, which a .pth and a .st don't have: {special}"]
+        if special
+        else lines
+    )

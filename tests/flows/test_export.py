@@ -11,6 +11,8 @@ import torch
 
 from flows import cli
 from rwkv_core import checkpoint
+from rwkv_core.generation.opened import open_model
+from rwkv_core.tokenizer import world
 
 
 def say(monkeypatch, capsys, *words):
@@ -41,6 +43,35 @@ def test_a_model_goes_through_every_form_and_back(model, tmp_path, monkeypatch, 
     code, _ = say(monkeypatch, capsys, tmp_path / "one/hf", tmp_path / "two", "--format", "pth")
     assert code == 0
     assert (tmp_path / "two/model.pth").read_bytes() == model.read_bytes()
+
+
+def test_special_tokens_go_along_where_a_form_has_them(tmp_path, monkeypatch, capsys):
+    """Said once, they are in every .gguf and folder that is made of the file, and its tokenizer has them."""
+    made = random_models.make(n_layer=2, n_embd=64, head_size=64, vocab_size=65536)
+    checkpoint.write(tmp_path / "model.pth", made.state_dict(), "bf16")
+    special, structure = {"<tool>": 65530, "a b\\n": 65535}, ("--conformance", "structure")
+    words = [word for text, i in special.items() for word in ("--special", f"{text}={i}")]
+    gguf = ("--format", "gguf-f16")
+    code, _ = say(monkeypatch, capsys, tmp_path / "model.pth", tmp_path / "one", *gguf, *words, *structure)
+    assert code == 0
+    file = tmp_path / "one/model-f16.gguf"
+    code, _ = say(monkeypatch, capsys, file, tmp_path / "two", *gguf, "--format", "hf", *structure)
+    assert code == 0
+    assert (tmp_path / "two/model-f16.gguf").read_bytes() == file.read_bytes()
+    code, said = say(monkeypatch, capsys, tmp_path / "two/hf", tmp_path / "three", "--format", "pth", *structure)
+    assert code == 0
+    assert "a .pth and a .st don't have: --special '<tool>=65530' --special 'a b\\n=65535'\n" in said
+    for folder in ("one", "two", "three"):
+        assert json.loads((tmp_path / folder / "conformance.json").read_text())["special_tokens"] == special
+    for path in (file, tmp_path / "two/hf"):
+        assert open_model(path, dtype="fp32", device="cpu").tokenizer.encode("x<tool>") == [*world().encode("x"), 65530]
+        assert open_model(path, dtype="fp32", device="cpu", special={"<other>": 65530}).tokenizer.encode("<other>") == [
+            65530
+        ]
+        monkeypatch.setattr(sys, "argv", ["rwkvflow", "conform", str(path), "--structure"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0, capsys.readouterr().out
 
 
 def test_a_state_and_a_lora_are_what_they_are(tmp_path, monkeypatch, capsys):
