@@ -23,7 +23,9 @@ def export(
         Literal["as_loaded", "bf16", "fp16", "fp32"], typer.Option(help="Precision of a .pth and of a folder.")
     ] = "as_loaded",
     part_gb: Annotated[float, typer.Option(help="Largest part of a folder's weights.")] = 5.0,
-    base: Annotated[Path | None, typer.Option(help="The model that an adapter was trained on, for its sizes.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The model that an adapter was trained on: what Ai00 makes of both is checked.")
+    ] = None,
     tokenizer: Annotated[str, typer.Option(help="world, bytes, or 20B_tokenizer.json of a Pile model.")] = "world",
     special: options.Special = None,
     head_size_divisor: options.Divisor = None,
@@ -56,6 +58,8 @@ def export(
     with whole_folder(out) as folder:
         if formats == ["ai00-lora"]:
             report = ai00.export(model, folder, base)
+            if base is not None:
+                checked = ai00.conform(model, folder, report, base, conformance, head_size_divisor)
         elif core.is_state(model):
             report = core.export_state(model, folder, formats)
         else:
@@ -72,16 +76,19 @@ def export(
                 folder, report, model, conformance, state=state, head_size_divisor=head_size_divisor,
                 tokenizer=named(tokenizer, report.get("special_tokens")),
             )  # fmt: skip
+        if not all(one.passed for one in checked):
             refused = out.with_name(f"{out.name}.refused")
-            if not all(one.passed for one in checked):
-                refused.mkdir(exist_ok=True)
-                verdict.write(refused, report, checked, conformance)
-                verdict.refuse(checked, refused / "conformance.md")
+            refused.mkdir(exist_ok=True)
+            verdict.write(refused, report, checked, conformance)
+            verdict.refuse(checked, refused / "conformance.md")
+        if checked:
             verdict.write(folder, report, checked, conformance)
-        if not checked:
+        else:
             write_json(folder / "conformance.json", report)
     if checked:
         typer.echo(f"conforms: {verdict.conforms(checked)}; see {out}/conformance.md")
+    elif formats == ["ai00-lora"]:
+        typer.echo("What Ai00 makes of a base with it was not checked: give --base")
     for line in _told(report):
         typer.echo(f"{out}/{line}")
 

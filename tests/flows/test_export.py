@@ -5,12 +5,13 @@ import re
 import sys
 
 import golden_adapters as golden
+import methods
 import pytest
 import random_models
 import torch
 
 from flows import cli
-from rwkv_core import checkpoint
+from rwkv_core import ai00, checkpoint
 from rwkv_core.generation.opened import open_model
 from rwkv_core.tokenizer import world
 
@@ -74,19 +75,36 @@ def test_special_tokens_go_along_where_a_form_has_them(tmp_path, monkeypatch, ca
         assert ended.value.code == 0, capsys.readouterr().out
 
 
-def test_a_state_and_a_lora_are_what_they_are(tmp_path, monkeypatch, capsys):
+def test_a_state_and_a_lora_are_what_they_are(model, tmp_path, monkeypatch, capsys):
     checkpoint.write(tmp_path / "state.pth", {f"blocks.{i}.att.time_state": torch.ones(2, 4, 4) for i in range(2)})
     code, _ = say(monkeypatch, capsys, tmp_path / "state.pth", tmp_path / "states", "--format", "st", "--format", "hf")
     assert code == 0
     assert {path.name for path in (tmp_path / "states").iterdir()} == {
         "model.state", "state.fla.safetensors", "conformance.json",
     }  # fmt: skip
-    lora = golden.FOLDER / "own-bone.pth"
-    base = golden.FOLDER / "base-7.pth"
-    code, said = say(monkeypatch, capsys, lora, tmp_path / "lora", "--format", "ai00-lora", "--base", base)
+    lora = methods.adapter(model, methods.EXAMPLES[2], tmp_path / "bone.pth")
+    code, said = say(monkeypatch, capsys, lora, tmp_path / "lora", "--format", "ai00-lora", "--base", model)
     assert code == 0
-    assert "12 matrices of rank 4, alpha = 4" in said
-    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"lora.st", "lora.toml", "conformance.json"}
+    assert "12 matrices of rank 8, alpha = 8" in said
+    assert "conforms: lora (reference); see " in said
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {
+        "lora.st", "lora.toml", "conformance.json", "conformance.md",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "lora/conformance.json").read_text())
+    assert (report["alpha"], report["conformance"]["passed"]) == (8, True)
+    lora = golden.FOLDER / "own-lora.pth"
+    code, said = say(monkeypatch, capsys, lora, tmp_path / "unchecked", "--format", "ai00-lora")
+    assert (code, "was not checked: give --base" in said) == (0, True)
+    assert "conformance" not in json.loads((tmp_path / "unchecked/conformance.json").read_text())
+
+
+def test_a_lora_that_ai00_would_apply_otherwise_is_refused(model, tmp_path, monkeypatch, capsys):
+    lora = methods.adapter(model, methods.EXAMPLES[0], tmp_path / "lora.pth")
+    monkeypatch.setattr(ai00, "_scale", lambda config: 1.0)
+    code, said = say(monkeypatch, capsys, lora, tmp_path / "lora", "--format", "ai00-lora", "--base", model)
+    assert code == 1
+    assert "lora.st: reference is " in said
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "lora.pth", "lora.refused"}
 
 
 @pytest.mark.parametrize(

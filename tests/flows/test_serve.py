@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import methods
 import openai
 import pytest
 import torch
-from methods import OTHERS
 from miniature import free_port, wait_until
 from project import write_base
 
 from flows import cli
-from rwkv_core import checkpoint, models
-from rwkv_core.adapters import attach, file, trained_state
-from rwkv_core.adapters.file import AdapterRecord
-from rwkv_core.files import sha256
+from rwkv_core import checkpoint
 from rwkv_core.generation.chat import open_chat
 from rwkv_core.generation.opened import open_model
 from rwkv_core.generation.sampling import Sampling
@@ -512,15 +509,8 @@ def test_a_stream_ends_as_openais_does(parrot):
 @pytest.fixture(scope="module")
 def with_state(model, tmp_path_factory) -> Path:
     """A LoRA with a tuned state."""
-    [config] = [x for x in OTHERS if x.kind == "lora" and x.state == "wkv and token shift"]
-    loaded = models.load(model)
-    attach(loaded, config, seed=0)
-    generator = torch.Generator().manual_seed(2)
-    tensors = {name: 0.3 * torch.randn(x.shape, generator=generator) for name, x in trained_state(loaded).items()}
-    path = tmp_path_factory.mktemp("adapter") / "adapter.pth"
-    about = {"format": 1, "adapter": config, "base_sha256": sha256(model), "data_sha256": "", "vocabulary_sha256": ""}
-    file.write(path, tensors, AdapterRecord(**about, run="r"))
-    return path
+    [config] = [x for x in methods.OTHERS if x.kind == "lora" and x.state == "wkv and token shift"]
+    return methods.adapter(model, config, tmp_path_factory.mktemp("adapter") / "adapter.pth")
 
 
 def test_adapter_state_and_key(model, with_state, tmp_path):
