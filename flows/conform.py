@@ -12,6 +12,7 @@ from rwkv_core.conformance.check import Checked, Expected, Mode, Subject, check
 from rwkv_core.conformance.report import as_json, conforms, faults, markdown
 from rwkv_core.errors import InputError
 from rwkv_core.formats import tuned_state
+from rwkv_core.tokenizer import world
 
 
 def conform(
@@ -53,7 +54,12 @@ def conform(
     if state is not None:
         subjects.append(Subject(state, file))
     divisor = models.divisor(against or file, head_size_divisor)
-    checked = check(subjects, Expected(model, of_clients, merged=model, head_size_divisor=divisor), mode)
+    special = checkpoint.special_tokens(file)
+    expected = Expected(
+        model, of_clients, merged=model, head_size_divisor=divisor,
+        tokenizer=world().with_special(special) if special else None,
+    )  # fmt: skip
+    checked = check(subjects, expected, mode)
     if form == "json":
         say(json.dumps(as_json(checked, mode), indent=2, ensure_ascii=False))
     elif form == "markdown":

@@ -26,6 +26,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="A folder for metrics.json, documents.csv, positions.csv, receipt.json.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html and report.md into --out, too, as the pipeline does.")
+    ] = False,
     tokenizer: options.Tokenizer = None,
     dtype: options.Precision = None,
     ctx_len: Annotated[
@@ -47,6 +50,8 @@ def evaluate(
         and (out.is_file() or any(out.iterdir()))
     ):
         raise InputError(str(out), "something else is there", "name another folder, or remove it")
+    if report and out is None:
+        raise InputError("--report", "is written into a folder", "name one: --out FOLDER")
     from rwkv_core import side_by_side
     from rwkv_core.evaluation.subject import Subject
     from rwkv_core.tokenizer import for_vocabulary
@@ -56,6 +61,10 @@ def evaluate(
     how: dict[str, Any] = {"dtype": dtype, "head_size_divisor": head_size_divisor, "store": store(Path.cwd())}
     tuned = Subject(model, words, adapter=adapter, state=state, quantize=quantize, **how)
     base = Subject(against or model, words, **how)
+    if report and base.about == tuned.about:
+        raise InputError(
+            "--report", "is of two models, and this is one", "give --against, or what the model is used with"
+        )
     shown = time.monotonic()
 
     def progress(name: str, what: str, done: int, total: int) -> None:
@@ -66,7 +75,7 @@ def evaluate(
 
     metrics, positions = side_by_side.evaluate(
         base, tuned, data, ctx_len=ctx_len, batch=batch, resamples=resamples, confidence=confidence, seed=0, out=out,
-        progress=progress,
+        page=report, progress=progress,
     )  # fmt: skip
     for line in table(metrics, positions, same=base.about == tuned.about):
         typer.echo(line)

@@ -1,5 +1,6 @@
 """`rwkvflow export`: any model, tuned state or adapter, for any client."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,9 @@ def export(
         Literal["as_loaded", "bf16", "fp16", "fp32"], typer.Option(help="Precision of a .pth and of a folder.")
     ] = "as_loaded",
     part_gb: Annotated[float, typer.Option(help="Largest part of a folder's weights.")] = 5.0,
-    base: Annotated[Path | None, typer.Option(help="The model that an adapter was trained on, for its sizes.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The model that an adapter was trained on: what Ai00 makes of both is checked.")
+    ] = None,
     tokenizer: Annotated[str, typer.Option(help="world, bytes, or 20B_tokenizer.json of a Pile model.")] = "world",
     special: options.Special = None,
     head_size_divisor: options.Divisor = None,
@@ -55,6 +58,8 @@ def export(
     with whole_folder(out) as folder:
         if formats == ["ai00-lora"]:
             report = ai00.export(model, folder, base)
+            if base is not None:
+                checked = ai00.conform(model, folder, report, base, conformance, head_size_divisor)
         elif core.is_state(model):
             report = core.export_state(model, folder, formats)
         else:
@@ -69,18 +74,21 @@ def export(
             )  # fmt: skip
             checked = exported(
                 folder, report, model, conformance, state=state, head_size_divisor=head_size_divisor,
-                tokenizer=named(tokenizer, options.special_tokens(special)),
+                tokenizer=named(tokenizer, report.get("special_tokens")),
             )  # fmt: skip
+        if not all(one.passed for one in checked):
             refused = out.with_name(f"{out.name}.refused")
-            if not all(one.passed for one in checked):
-                refused.mkdir(exist_ok=True)
-                verdict.write(refused, report, checked, conformance)
-                verdict.refuse(checked, refused / "conformance.md")
+            refused.mkdir(exist_ok=True)
+            verdict.write(refused, report, checked, conformance)
+            verdict.refuse(checked, refused / "conformance.md")
+        if checked:
             verdict.write(folder, report, checked, conformance)
-        if not checked:
+        else:
             write_json(folder / "conformance.json", report)
     if checked:
         typer.echo(f"conforms: {verdict.conforms(checked)}; see {out}/conformance.md")
+    elif formats == ["ai00-lora"]:
+        typer.echo("What Ai00 makes of a base with it was not checked: give --base")
     for line in _told(report):
         typer.echo(f"{out}/{line}")
 
@@ -98,4 +106,11 @@ def _told(report: dict[str, Any]) -> list[str]:
                 f"{made['file']}: {made['bytes']} bytes, {made['tensors']} tensors; "
                 f"rounding of at most {made['largest_rounding']:.3g}, {made['flushed_to_zero']} values became 0"
             )
-    return lines
+    special = " ".join(
+        f"--special {shlex.quote(f'{text}={i}')}" for text, i in report.get("special_tokens", {}).items()
+    )
+    return (
+        [*lines, f"conformance.json: special tokens, which a .pth and a .st don't have: {special}"]
+        if special
+        else lines
+    )

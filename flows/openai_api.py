@@ -33,7 +33,7 @@ from flows.openai_form import (
 from rwkv_core.errors import InputError, WorldError
 from rwkv_core.generation.engine import Asked, Engine, Told
 from rwkv_core.generation.sampling import Sampling
-from rwkv_core.generation.text import Continuation, Piece
+from rwkv_core.generation.text import Continuation, Drawn, Piece
 from rwkv_core.generation.thoughts import Effort, Thoughts
 
 _LARGEST = 4 << 20
@@ -101,6 +101,8 @@ def make_app(serving: Serving) -> FastAPI:
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         effort = asked.reasoning_effort or serving.effort
+        if asked.logprobs and effort != "none":
+            raise ApiError(400, "logprobs: are of an answer without thoughts; set reasoning_effort to none", "logprobs")
         return await _answered(request, serving, asked, "chat.completion", [asked.prompt(effort)], effort)
 
     @app.post("/v1/completions")
@@ -165,6 +167,12 @@ class _Answer:
         except WorldError as error:
             self.leave()
             raise ApiError(503, str(error)) from None
+        self.likely = sampling.logprobs is not None
+        """Whether the tokens are to be told."""
+        decode = serving.engine.tokenizer.decode
+        before = [len(prompt if isinstance(prompt, str) else decode(prompt)) for prompt in prompts]
+        self.before = [characters for characters in before for _ in range(count)]
+        """Of each continuation: characters of its prompt."""
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until each continuation is whole.
@@ -208,7 +216,7 @@ async def _answered(
         raise refused(error) from None
     answer = _Answer(serving, prompts, asked.n or 1, sampling)
     name = f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{secrets.token_hex(12)}"
-    form = Form(kind, name, serving.model)
+    form = Form(kind, name, serving.model, serving.engine.tokenizer.table)
     if asked.stream:
         counts = asked.stream_options is not None and asked.stream_options.include_usage
         events = _events(answer, form, effort, counts)
@@ -230,24 +238,31 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _parts(answer: _Answer, effort: Effort | None) -> AsyncIterator[tuple[int, str, str, Finish | None]]:
-    """Of each piece its continuation's number, what is said and thought with it, and why it ended, with the last."""
+async def _parts(
+    answer: _Answer, effort: Effort | None
+) -> AsyncIterator[tuple[int, str, str, Finish | None, tuple[Drawn, ...]]]:
+    """Of each piece its continuation's number, what is said and thought with it, why it ended, if it did, and its tokens."""
     parting = {} if effort is None else {row: Thoughts(effort) for row in answer.rows}
     async for piece in answer.pieces():
         why = None if piece.whole is None else finish(piece.whole)
         thought, said = "", piece.text
         if piece.row in parting:
             thought, said = parting[piece.row].push(piece.text, final=why is not None)
-        yield piece.row, said, thought, why
+        yield piece.row, said, thought, why, piece.drawn
 
 
 async def _collected(answer: _Answer, form: Form, effort: Effort | None) -> dict[str, Any]:
     said, thought, why = ({row: "" for row in answer.rows} for _ in range(3))
-    async for row, more, thoughts, ended in _parts(answer, effort):
+    drawn: dict[int, list[Drawn]] = {row: [] for row in answer.rows}
+    async for row, more, thoughts, ended, tokens in _parts(answer, effort):
         said[row] += more
         thought[row] += thoughts
         why[row] = ended or why[row]
-    choices = [form.choice(row, said[row], thought[row], why[row]) for row in answer.rows]  # type: ignore[arg-type]
+        drawn[row] += tokens
+    choices = []
+    for row in answer.rows:
+        logprobs = form.logprobs(drawn[row], answer.before[row]) if answer.likely else None
+        choices.append(form.choice(row, said[row], thought[row], why[row], logprobs))  # type: ignore[arg-type]
     return form.whole(choices, answer.usage())
 
 
@@ -259,10 +274,11 @@ async def _events(answer: _Answer, form: Form, effort: Effort | None, counts: bo
 
     try:
         if effort is not None:
-            yield event([form.delta(row, "", "", None, first=True) for row in answer.rows])
-        async for row, said, thought, why in _parts(answer, effort):
-            if said or thought or why:
-                yield event([form.delta(row, said, thought, why)])
+            yield event([form.opening(row) for row in answer.rows])
+        async for row, said, thought, why, drawn in _parts(answer, effort):
+            if said or thought or why or drawn:
+                logprobs = form.logprobs(drawn, answer.before[row]) if drawn else None
+                yield event([form.delta(row, said, thought, why, logprobs)])
         if counts:
             yield event([], answer.usage())
         yield "data: [DONE]\n\n"

@@ -4,7 +4,7 @@ Source: platform.openai.com/docs/api-reference, chat/completions and completions
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -14,9 +14,10 @@ from rwkv_core.data.dialogue import TURN, said
 from rwkv_core.data.readers import Unusable
 from rwkv_core.errors import InputError
 from rwkv_core.generation.chat import as_document
-from rwkv_core.generation.sampling import Sampling
-from rwkv_core.generation.text import Continuation
+from rwkv_core.generation.sampling import Likely, Sampling
+from rwkv_core.generation.text import Continuation, Drawn
 from rwkv_core.generation.thoughts import WAYS, Effort
+from rwkv_core.tokenizer import END
 
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls",
@@ -26,8 +27,8 @@ _WITHOUT_EFFECT = {
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
-            "logit_bias", "tools", "functions", "function_call", "logprobs", "top_logprobs", "audio", "prediction", "suffix",
-            "echo", "web_search_options", "verbosity",
+            "logit_bias", "tools", "functions", "function_call", "audio", "prediction", "suffix", "echo",
+            "web_search_options", "verbosity",
         ),
         (),
     ),
@@ -98,11 +99,22 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """What max_tokens is called today."""
     reasoning_effort: Effort | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     def sampling(self, default: Sampling, seed: int) -> Sampling:
-        """As of any request; the user's next turn ends an answer too."""
+        """As of any request; the user's next turn ends an answer too.
+
+        Raises:
+            ApiError: top_logprobs without logprobs.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs: is for answers with logprobs; set logprobs to true", "top_logprobs")
         chosen = super().sampling(default, seed)
-        return replace(chosen, max_tokens=self.max_completion_tokens or chosen.max_tokens, stop=(*chosen.stop, TURN))
+        return replace(
+            chosen, max_tokens=self.max_completion_tokens or chosen.max_tokens, stop=(*chosen.stop, TURN),
+            logprobs=self.top_logprobs or 0 if self.logprobs else None,
+        )  # fmt: skip
 
     def prompt(self, effort: Effort) -> str:
         """The conversation as a document of the training data, up to where the answer begins.
@@ -125,6 +137,11 @@ class CompletionRequest(_Request):
     """Of /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(default=None, ge=0, le=5, strict=True)
+
+    def sampling(self, default: Sampling, seed: int) -> Sampling:
+        """As of any request."""
+        return replace(super().sampling(default, seed), logprobs=self.logprobs)
 
     def prompts(self) -> list[str | list[int]]:
         """Each text, or its tokens."""
@@ -189,17 +206,22 @@ def usage(read: int, known: int, wholes: Iterable[Continuation]) -> dict[str, An
 class Form:
     """What all parts of an answer have in common."""
 
-    def __init__(self, kind: Literal["chat.completion", "text_completion"], name: str, model: str) -> None:
-        """Of an answer called `name`, of a model called `model`."""
+    def __init__(
+        self, kind: Literal["chat.completion", "text_completion"], name: str, model: str, table: Sequence[bytes]
+    ) -> None:
+        """Of an answer called `name`, of a model called `model`, in the tokens of a table."""
         self._kind, self._common = kind, {"id": name, "created": int(time.time()), "model": model}
+        self._table = table
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """An answer in one part."""
         return {**self._common, "object": self._kind, "choices": choices, "usage": usage}
 
-    def choice(self, index: int, said: str, thought: str, why: Finish) -> dict[str, Any]:
+    def choice(
+        self, index: int, said: str, thought: str, why: Finish, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """One of its continuations."""
-        about: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": why}
+        about: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": why}
         if self._kind == "text_completion":
             return {**about, "text": said}
         message = {"role": "assistant", "content": said, "refusal": None}
@@ -210,12 +232,54 @@ class Form:
         kind = f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind
         return {**self._common, "object": kind, "choices": choices} | ({"usage": usage} if counts else {})
 
-    def delta(self, index: int, said: str, thought: str, why: Finish | None, *, first: bool = False) -> dict[str, Any]:
+    def opening(self, index: int) -> dict[str, Any]:
+        """What the first part says of one of its continuations, in a conversation."""
+        new = {"role": "assistant", "content": ""}
+        return {"index": index, "logprobs": None, "finish_reason": None, "delta": new}
+
+    def delta(
+        self, index: int, said: str, thought: str, why: Finish | None, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """What one of its continuations has more than before."""
-        about: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": why}
+        about: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": why}
         if self._kind == "text_completion":
             return {**about, "text": said}
-        new = {"role": "assistant", "content": ""} if first else {}
-        new |= {"reasoning_content": thought} if thought else {}
+        new = {"reasoning_content": thought} if thought else {}
         new |= {"content": said} if said else {}
         return {**about, "delta": new}
+
+    def logprobs(self, drawn: Sequence[Drawn], before: int) -> dict[str, Any]:
+        """How likely tokens were.
+
+        Args:
+            drawn: the tokens.
+            before: characters of the prompt, which OpenAI counts in a completion's text_offset.
+        """
+        if self._kind == "chat.completion":
+            content = [
+                {**self._token(x.chosen), "top_logprobs": [self._token(other) for other in x.best]} for x in drawn
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [self._name(x.chosen) for x in drawn],
+            "token_logprobs": [x.chosen.logprob for x in drawn],
+            "top_logprobs": [{self._name(one): one.logprob for one in (*x.best, x.chosen)} for x in drawn],
+            "text_offset": [before + x.at for x in drawn],
+        }
+
+    def _token(self, one: Likely) -> dict[str, Any]:
+        data = self._data(one)
+        return {"token": self._name(one), "logprob": one.logprob, "bytes": list(data) if data else None}
+
+    def _data(self, one: Likely) -> bytes:
+        return self._table[one.token] if one.token < len(self._table) else b""
+
+    def _name(self, one: Likely) -> str:
+        """A token's text; the bytes of one that is no whole characters, and the number of one that has none."""
+        data = self._data(one)
+        if not data:
+            return "<|endoftext|>" if one.token == END else f"<|{one.token}|>"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return f"bytes:{data.decode('ascii', 'backslashreplace')}"

@@ -6,6 +6,7 @@ Source: cryscan/web-rwkv, src/runtime/loader.rs (LoraBlend::full) and src/shader
 """
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_core import checkpoint
+from rwkv_core import checkpoint, models
 from rwkv_core.adapters import file, lora
 from rwkv_core.config import AdapterConfig, BoneConfig, LoraConfig, PissaConfig
+from rwkv_core.conformance.check import Checked, Expected, Mode, Subject, check
 from rwkv_core.errors import InputError
 from rwkv_core.files import sha256, whole_file
 from rwkv_core.formats import container, tuned_state, web_rwkv
+from rwkv_core.merge import merged
 
 LORA, RECIPE, STATE = "lora.st", "lora.toml", "lora.state"
 
@@ -95,6 +98,45 @@ def export(adapter: Path, out: Path, base: Path | None = None) -> dict[str, Any]
         "vectors": len(vectors),
         "files": {name: {"sha256": sha256(out / name), "bytes": (out / name).stat().st_size} for name in files},
     }
+
+
+@torch.no_grad()
+def conform(
+    adapter: Path, out: Path, report: Mapping[str, Any], base: Path, mode: Mode, head_size_divisor: float | None = None
+) -> list[Checked]:
+    """Read the files of an export as web-rwkv does, beside its base, and compare with what the merge makes of that base.
+
+    The base is written as a .st beside `out` for as long as this takes.
+
+    Args:
+        adapter: what was exported.
+        out: where its files are.
+        report: what `export` said of them.
+        base: the model that it was trained on.
+        mode: whether to compute logits.
+        head_size_divisor: as of `models.load`.
+
+    Raises:
+        InputError: it was trained on another base, or web-rwkv has no such model.
+        WorldError: there is no room, or no permission.
+    """
+    parts, record = file.read_for(base, sha256(base), adapter, "give that one")
+    tensors, tuned = checkpoint.read(base), {name: x for name, x in parts.items() if tuned_state.is_part(name)}
+    beside = {name: x for name, x in parts.items() if name not in tuned}
+    adapted, replaced = merged(tensors, beside, record.adapter, adapter)
+    web_rwkv.check(tensors)
+    checkpoint.check_values(tensors, torch.float16)
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as folder:
+        model = Path(folder) / "base.st"
+        web_rwkv.write(model, tensors)
+        subjects = [Subject(out / LORA, model, report["alpha"])]
+        if STATE in report["files"]:
+            subjects.append(Subject(out / STATE, model))
+        expected = Expected(
+            tensors, tuned_state.for_clients(tuned), head_size_divisor=models.divisor(base, head_size_divisor),
+            merged=tensors | {name: make().float() for name, make in (adapted | replaced).items()},
+        )  # fmt: skip
+        return check(subjects, expected, mode)
 
 
 def _scale(config: AdapterConfig) -> float:

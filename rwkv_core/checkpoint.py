@@ -68,6 +68,15 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors if ordered else order.official(tensors)
 
 
+def special_tokens(path: Path) -> dict[str, int]:
+    """Texts that are a token each, as a .gguf or a Hugging Face folder says; the other forms have no place for them.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    return gguf.special_tokens(path) if path.suffix == gguf.SUFFIX else huggingface.special_tokens(path)
+
+
 def stripped(name: str) -> str:
     """The name of a tensor without what trainers leave before it."""
     found = True

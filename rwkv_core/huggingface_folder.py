@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rwkv_core.files import whole_folder, write_json
 from rwkv_core.formats import container, gguf, huggingface
+from rwkv_core.tokenizer import FIRST_FREE
 
 VOCABULARY = "rwkv_vocab_v20230424.txt"
 """The name that llama.cpp's converter looks for, too."""
 
 _END = "<|rwkv_tokenizer_end_of_text|>"
-_FREE = 65530
 
 
 def write(
@@ -90,7 +90,7 @@ def _weights(
 
 def _world(out: Path, table: Sequence[bytes], special: Mapping[str, int]) -> None:
     """World's vocabulary, and the code that encodes by it: the `tokenizers` package can't encode greedily."""
-    lines = [f"{i} {_literal(entry)} {len(entry)}\n" for i, entry in enumerate(table[:_FREE]) if entry]
+    lines = [f"{i} {_literal(entry)} {len(entry)}\n" for i, entry in enumerate(table[:FIRST_FREE]) if entry]
     (out / VOCABULARY).write_text("".join(lines), encoding="utf-8", newline="\n")
     code = resources.files(__package__).joinpath("hf_rwkv_tokenizer.py.j2").read_text(encoding="utf-8")
     (out / "hf_rwkv_tokenizer.py").write_text(code, encoding="utf-8", newline="\n")

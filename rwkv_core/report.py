@@ -105,8 +105,9 @@ def pictures(evidence: Evidence) -> list[tuple[str, Markup, Text]]:
     """Each picture: its name, itself, and what it shows."""
     base, tuned = evidence.documents
     below = int(np.count_nonzero(tuned < base))
+    curve = ("loss_curve", charts.loss_curve(evidence.train, evidence.valid), TEXTS["loss_curve_words"])
     return [
-        ("loss_curve", charts.loss_curve(evidence.train, evidence.valid), TEXTS["loss_curve_words"]),
+        *([curve] if evidence.train or evidence.valid else []),  # none where nobody was there when it was trained
         ("positions", charts.by_position(evidence.positions), TEXTS["positions_words"]),
         ("documents", charts.by_document(base, tuned), TEXTS["documents_words"](below=below, count=len(base))),
     ]

@@ -2,19 +2,21 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from rwkv_core import checkpoint
+from rwkv_core import checkpoint, report
 from rwkv_core.data.binidx import Documents
 from rwkv_core.data.whole import Source, whole
 from rwkv_core.errors import InputError
-from rwkv_core.evaluation.held_out import by_position
+from rwkv_core.evaluation.held_out import Scores, by_position
 from rwkv_core.evaluation.judge import Texts, compare, judge, write_documents, write_positions
 from rwkv_core.evaluation.subject import Subject
 from rwkv_core.files import whole_folder, write_json
+from rwkv_core.texts import TEXTS as T
+from rwkv_core.texts import Text
 from rwkv_core.tokenizer import Tokenizer
 
 
@@ -65,6 +67,7 @@ def evaluate(
     confidence: float,
     seed: int,
     out: Path | None = None,
+    page: bool = False,
     progress: Callable[[str, str, int, int], None] = lambda name, what, done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Score a text with two models.
@@ -79,6 +82,7 @@ def evaluate(
         confidence: of its intervals.
         seed: of its draws.
         out: a folder for metrics.json, documents.csv, positions.csv and receipt.json; replaced whole. None: none is written.
+        page: write the report there, too, as the evaluate stage does: of what is known here.
         progress: is told whose documents are scored, of what, how many are done, and how many there are.
 
     Returns:
@@ -114,4 +118,36 @@ def evaluate(
             write_json(made / "receipt.json", {"base": dict(base.about), "tuned": dict(tuned.about), "data": about})
             write_documents(made / "documents.csv", before, after, sources)
             write_positions(made / "positions.csv", rows)
+            if page:
+                report.write(made, _evidence(base, tuned, about, metrics, rows, (before, after)))
     return metrics, rows
+
+
+def _evidence(
+    base: Subject,
+    tuned: Subject,
+    data: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    positions: Sequence[Mapping[str, float]],
+    scores: tuple[Scores, Scores],
+) -> report.Evidence:
+    """What a report of two models can show: no training, for it may be anyone's, and no answers."""
+    scored = [one.of(scores[0].tokens > 0) for one in scores]
+    count = {name: f"{metrics[name]:,}" for name in ("documents", "tokens")}
+    models: list[tuple[Text, object]] = [(T["base"], PurePath(base.path)), (T["tuned"], PurePath(tuned.path))]
+    if tuned.about["quantize"] != "none":
+        models.append((T["frozen"], tuned.about["quantize"]))
+    hashes = {
+        "base_hash": base.about["model"], "adapter_hash": tuned.about["adapter"], "state_hash": tuned.about["state"],
+        "tuned_hash": tuned.about["model"] if tuned.about["model"] != base.about["model"] else None,
+        "data_hash": data["sha256"],
+    }  # fmt: skip
+    return report.Evidence(
+        comparison=metrics, train=[], valid=[], positions=positions, samples=[],
+        documents=(scored[0].nats / scored[0].tokens, scored[1].nats / scored[1].tokens),
+        facts=[
+            (T["data"], [(T["source"], PurePath(data["path"])), (T["held_out_of"], T["documents_tokens"](**count))]),
+            (T["model"], models),
+        ],
+        lineage=[(T[name], digest) for name, digest in hashes.items() if digest],
+    )  # fmt: skip

@@ -3,7 +3,10 @@
 import torch
 
 from rwkv_core import checkpoint, models
+from rwkv_core.adapters import attach, file, trained_state
+from rwkv_core.adapters.file import AdapterRecord
 from rwkv_core.config import BatConfig, BoneConfig, FullConfig, LoraConfig, PeftConfig, PissaConfig, StateConfig
+from rwkv_core.files import sha256
 from rwkv_core.formats import tuned_state
 from rwkv_core.models.state import mount
 
@@ -85,3 +88,14 @@ def train(model, tokens, steps=5, lr=0.05):
         torch.nn.functional.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def adapter(base, config, path):
+    """A file of an adapter whose every value is random, as if it had been trained on the model in `base`."""
+    model = models.load(base, dtype=torch.float32)
+    attach(model, config, seed=0)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {name: 0.3 * torch.randn(x.shape, generator=generator) for name, x in trained_state(model).items()}
+    about = {"format": 1, "adapter": config, "base_sha256": sha256(base), "data_sha256": "", "vocabulary_sha256": ""}
+    file.write(path, tensors, AdapterRecord(**about, run="r"))
+    return path

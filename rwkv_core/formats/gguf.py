@@ -25,6 +25,7 @@ from rwkv_core.errors import InputError, WorldError
 from rwkv_core.files import whole_file
 from rwkv_core.formats import gguf_file, order, q8_0
 from rwkv_core.formats.container import PIECE, let_go, mapped_files, pieces
+from rwkv_core.tokenizer import FIRST_FREE
 
 SUFFIX = ".gguf"
 
@@ -272,6 +273,18 @@ def lazily(path: Path) -> dict[str, Part]:
     return order.official(makes)
 
 
+def special_tokens(path: Path) -> dict[str, int]:
+    """The texts that are a token each, on the vocabulary's free ids.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    metadata, _ = gguf_file.read(path)
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    entries = enumerate(zip(tokens, types, strict=False))
+    return {text.replace("\\\\", "\\"): i for i, (text, kind) in entries if kind == _USER_DEFINED and i >= FIRST_FREE}
+
+
 def about(path: Path) -> dict[str, Any]:
     """What a file says for people: its name, how matrices are stored, special tokens and tokens in all.
 
@@ -280,13 +293,12 @@ def about(path: Path) -> dict[str, Any]:
     """
     metadata, _ = gguf_file.read(path)
     forms = {number: form for form, number in _FILE_TYPES.items()}
-    tokens, types = (metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
-    special = [text for text, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
     return {
         "name": metadata.get("general.name", "none"),
         "matrices": forms.get(int(metadata.get("general.file_type", -1)), "of several types"),
         "tokenizer": f"{metadata.get('tokenizer.ggml.model', 'none')}, {len(tokens)} tokens",
-        "special tokens": special,
+        "special tokens": list(special_tokens(path)),
         "ends a turn": metadata.get("tokenizer.ggml.eot_token_id", "nothing"),
     }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv_core.errors import InputError
 from rwkv_core.files import whole_file
 from rwkv_core.formats import container, tuned_state
+from rwkv_core.tokenizer import FIRST_FREE
 
 
 def _same(x: Tensor) -> Tensor:
@@ -291,10 +292,21 @@ def head_size_divisor(folder: Path) -> float | None:
     return found if math.isfinite(found) and found > 0 else None
 
 
+def special_tokens(folder: Path) -> dict[str, int]:
+    """The texts that are a token each, on the free ids of World's vocabulary, as its added_tokens.json has them."""
+    found = _json(folder / "added_tokens.json")
+    return {text: i for text, i in found.items() if isinstance(i, int) and i >= FIRST_FREE}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """What is in a folder's config.json, if there is one that can be read."""
+    return _json(folder / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object in a file, if it is one that can be read."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -49,7 +49,7 @@ def open_model(
         adapter: trained on it, of RWKV-Flow. If it has a tuned state, texts begin from that.
         state: a file of a state tuned on it; texts begin from it.
         tokenizer: a `tokenizers` file, where the vocabulary is none of ours.
-        special: texts that are a token each, as in the training's `data.special_tokens`.
+        special: texts that are a token each, as in the training's `data.special_tokens`; none are those that the file says.
         dtype: what to compute in.
         device: where to compute; None is cuda where there is one.
         head_size_divisor: as of `models.load`.
@@ -66,7 +66,7 @@ def open_model(
     model = models.load(
         path, dtype=DTYPES.get(dtype), device=where, head_size_divisor=head_size_divisor, quantize=quantize
     )
-    words = for_vocabulary(model.config.vocab_size, tokenizer).with_special(special or {})
+    words = for_vocabulary(model.config.vocab_size, tokenizer).with_special(special or checkpoint.special_tokens(path))
     record = None if adapter is None else _put_in(model, path, adapter, quantize)
     tuned = record is not None and record.adapter.state != "none"
     if tuned and state is not None:

@@ -4,6 +4,7 @@ Shapes: V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ class Sampling:
     """In [0, 1]. With each token drawn, the counts of the earlier ones are multiplied by it."""
     stop: tuple[str, ...] = ()
     """Texts at which a continuation ends; they are not part of it."""
+    logprobs: int | None = None
+    """Tell with each token how likely it was, and so many of the likeliest. None: tell nothing."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -48,10 +51,26 @@ class Sampling:
             "top_k": (self.top_k >= 0, "must be 0 or more"),
             "penalty_decay": (0 <= self.penalty_decay <= 1, "must be from 0 to 1"),
             "stop": (all(self.stop), "must not have an empty text"),
+            "logprobs": (self.logprobs is None or self.logprobs >= 0, "must be 0 or more"),
         }
         for name, (right, rule) in ranges.items():
             if not right:
                 raise InputError(f"{name} = {getattr(self, name)!r}", rule, "correct it")
+
+
+class Likely(NamedTuple):
+    """A token, and the logarithm of its probability: the model's own, before penalties, limits and temperature."""
+
+    token: int
+    logprob: float
+
+
+def likely(logits: Tensor, token: int, count: int) -> tuple[Likely, tuple[Likely, ...]]:
+    """How likely a token is, and the `count` likeliest, in their order, given the model's logits (V,)."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    best = logprobs.topk(min(count, len(logprobs)))
+    found = (Likely(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Likely(token, float(logprobs[token])), tuple(found)
 
 
 class Draws:

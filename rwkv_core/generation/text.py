@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import InputError
-from rwkv_core.generation.sampling import Draws, Sampling
+from rwkv_core.generation.sampling import Draws, Likely, Sampling, likely
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import State, concatenate, select
 from rwkv_core.tokenizer import END, Tokenizer
@@ -43,6 +43,15 @@ class Continuation:
         return text[sum(1 for _ in same) :]
 
 
+class Drawn(NamedTuple):
+    """A token of a continuation, told where `Sampling.logprobs` asks for it."""
+
+    at: int
+    """Where its text begins, in characters of the continuation's; in the midst of a character, where that begins."""
+    chosen: Likely
+    best: tuple[Likely, ...]
+
+
 class Piece(NamedTuple):
     """A step of one continuation."""
 
@@ -52,6 +61,8 @@ class Piece(NamedTuple):
     """What is certain now; the pieces make up the continuation's text."""
     whole: Continuation | None
     """With the last piece."""
+    drawn: tuple[Drawn, ...] = ()
+    """The tokens that begin in `text`, if they were asked for: none that is of a stop text alone, nor the one that ended it."""
 
 
 class Output:
@@ -66,6 +77,11 @@ class Output:
         self._held = ""
         self.stopped = False
         """Whether a stop text was found."""
+
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
 
     def push(self, data: bytes) -> str:
         """The text that has become certain with these bytes."""
@@ -96,6 +112,7 @@ class _Row:
     def __init__(self, number: int, sampling: Sampling, tokenizer: Tokenizer) -> None:
         self.number, self._tokenizer, self._limit = number, tokenizer, sampling.max_tokens
         self._draws, self._output = Draws(sampling, number), Output(sampling.stop)
+        self._logprobs, self._drawn = sampling.logprobs, deque[Drawn]()
         self.tokens = list[int]()
         """Those that the model has read, or reads next."""
         self._text = ""
@@ -108,6 +125,8 @@ class _Row:
             self.ending = "halted" if halted else "length"
         else:
             token = self._draws.next(logits)
+            if self._logprobs is not None:
+                self._drawn.append(Drawn(len(self._text) + self._output.held, *likely(logits, token, self._logprobs)))
         table = self._tokenizer.table
         data = table[token] if token < len(table) else b""  # a row that fills the embedding up
         new = self._output.push(data)
@@ -120,6 +139,13 @@ class _Row:
             self.tokens.append(token)
         self._text += new
         return new
+
+    def drawn(self) -> tuple[Drawn, ...]:
+        """The tokens that begin in the text that is certain, each told once."""
+        told = list[Drawn]()
+        while self._drawn and self._drawn[0].at < len(self._text):
+            told.append(self._drawn.popleft())
+        return tuple(told)
 
     def whole(self, state: State) -> Continuation | None:
         """The continuation, if it has ended. `state` is of this row."""
@@ -171,7 +197,8 @@ class Batch:
         for i, row in enumerate(self._rows):
             text = row.advance(self._logits[i], halted[i])
             if text or row.ending:
-                yield i, Piece(row.number, text, row.whole(select(self._state, [i])) if row.ending else None)
+                whole = row.whole(select(self._state, [i])) if row.ending else None
+                yield i, Piece(row.number, text, whole, row.drawn())
         going = [i for i, row in enumerate(self._rows) if row.ending is None]
         if 0 < len(going) < len(self._rows):
             self._state = select(self._state, going)

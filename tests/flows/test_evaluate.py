@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import cli
 from flows.evaluate import table
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,7 @@ def test_a_packed_model_beside_itself(tmp_path):
         "text.jsonl",
         "--quantize",
         "nf4",
+        "--report",
         "--out",
         "out",
     ]
@@ -76,6 +78,7 @@ def test_a_packed_model_beside_itself(tmp_path):
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     receipt = json.loads(written["receipt.json"])
     assert [receipt[name]["quantize"] for name in ("base", "tuned")] == ["none", "nf4"]
+    assert b"text.jsonl" in written["report.html"]
     assert len(list((tmp_path / ".rwkvflow/scores").iterdir())) == 2
     second = run()
     assert second.stdout == first.stdout
@@ -84,3 +87,21 @@ def test_a_packed_model_beside_itself(tmp_path):
     refused = run()
     assert refused.returncode == 1
     assert "rwkvflow: out: something else is there" in refused.stderr
+
+
+def test_a_report_is_of_two_models_in_a_folder(tmp_path, monkeypatch, capsys):
+    from project import write_base, write_corpus
+
+    write_base(tmp_path / "base.pth")
+    write_corpus(tmp_path / "text.jsonl", rows=3)
+    monkeypatch.chdir(tmp_path)
+    for words, told in (
+        ((), "rwkvflow: --report: is written into a folder; name one: --out FOLDER\n"),
+        (("--out", "out"), "rwkvflow: --report: is of two models, and this is one; give --against"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["rwkvflow", "evaluate", "base.pth", "text.jsonl", "--report", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1
+        assert capsys.readouterr().err.startswith(told)
+    assert not (tmp_path / "out").exists()

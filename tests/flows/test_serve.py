@@ -1,5 +1,6 @@
 """`rwkvflow serve` as a process, asked by OpenAI's own client."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,22 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import methods
 import openai
 import pytest
 import torch
-from methods import OTHERS
 from miniature import free_port, wait_until
 from project import write_base
 
 from flows import cli
-from rwkv_core import checkpoint, models
-from rwkv_core.adapters import attach, file, trained_state
-from rwkv_core.adapters.file import AdapterRecord
-from rwkv_core.files import sha256
+from rwkv_core import checkpoint
 from rwkv_core.generation.chat import open_chat
 from rwkv_core.generation.opened import open_model
 from rwkv_core.generation.sampling import Sampling
 from rwkv_core.generation.text import generate
+from rwkv_core.tokenizer import world
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
@@ -187,6 +186,100 @@ def test_a_stop_text_ends_it_and_is_no_part_of_it(client):
         assert (text, why) == (whole[: whole.index(stop)], "stop")
 
 
+def drawn(model, prompt, count, sampling, stop=None):
+    """Of each token that `generate` draws: its bytes, its log-probability, the `count` likeliest, and characters before it.
+
+    From the model's logits after all that was read before it, at once.
+    """
+    opened = open_model(model, dtype="fp32", device="cpu")
+    [whole] = generate(opened.model, opened.tokenizer, [prompt], sampling, ctx_len=512, batch=1)
+    read = [0, *opened.tokenizer.encode(prompt)]
+    with torch.no_grad():
+        features, _ = opened.model.features(torch.tensor([[*read, *whole.tokens]]))
+        logprobs = torch.log_softmax(opened.model.head(features)[0].double(), -1)
+    table, found, text = opened.tokenizer.table, [], b""
+    for token, row in zip(whole.tokens, logprobs[len(read) - 1 :], strict=False):
+        best = [(table[i], float(row[i])) for i in row.argsort(descending=True)[:count]]
+        found.append((table[token], float(row[token]), best, text.decode(errors="ignore")))
+        text += table[token]
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_tells_how_likely_each_token_was(model, client, stream):
+    """The model's own probabilities, whatever penalties and limits say; characters in several tokens too."""
+    want = drawn(model, "User: What is it?\n\nAssistant:", 3, LIKE_CHAT)
+    answer = ask(client, logprobs=True, top_logprobs=3, stream=stream)
+    if stream:
+        chunks = list(answer)
+        assert all(chunk.choices[0].logprobs is None for chunk in chunks if chunk.choices[0].delta.role)
+        assert sum(chunk.choices[0].logprobs is not None for chunk in chunks) > 6, "they did not stream"
+        told = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    else:
+        told = answer.choices[0].logprobs.content
+    assert [bytes(one.bytes) for one in told] == [data for data, *_ in want]
+    assert [one.logprob for one in told] == pytest.approx([logprob for _, logprob, *_ in want], abs=1e-3)
+    for one, (data, _, best, _) in zip(told, want, strict=True):
+        assert one.token.encode() == data or one.token.startswith("bytes:\\x")
+        assert [bytes(other.bytes or ()) for other in one.top_logprobs] == [other for other, _ in best]
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx([p for _, p in best], abs=1e-3)
+
+
+def test_a_completion_tells_how_likely_each_token_was(model, client):
+    """At the offsets that OpenAI counts, from the prompt's beginning; of prompts of text and of tokens."""
+    ids = open_model(model).tokenizer.encode("Once, 真")
+    sampling = replace(LIKE_CHAT, temperature=0.9, top_p=1.0)
+    want = drawn(model, "Once, 真", 2, sampling)
+    for prompt in ("Once, 真", [ids]):
+        for stream in (False, True):
+            answer = client.completions.create(
+                model="goose",
+                prompt=prompt,
+                max_tokens=12,
+                seed=5,
+                temperature=0.9,
+                top_p=1.0,
+                logprobs=2,
+                stream=stream,
+            )
+            parts = [x.choices[0].logprobs for x in answer if x.choices[0].logprobs] if stream else []
+            parts = parts or [answer.choices[0].logprobs]
+            assert [offset for part in parts for offset in part.text_offset] == [len("Once, 真" + x) for *_, x in want]
+            logprobs = [logprob for part in parts for logprob in part.token_logprobs]
+            assert logprobs == pytest.approx([logprob for _, logprob, *_ in want], abs=1e-3)
+            tokens, best = ([x for part in parts for x in getattr(part, name)] for name in ("tokens", "top_logprobs"))
+            for name, logprob, others, (data, _, likeliest, _) in zip(tokens, logprobs, best, want, strict=True):
+                assert name == data.decode(errors="ignore") or name.startswith("bytes:\\x")
+                assert others[name] == logprob, "the token that was drawn is among them"
+                assert len(others) == len({data, *(other for other, _ in likeliest)})
+
+
+def test_tokens_of_a_stop_text_are_not_told(client):
+    whole = ask(client, logprobs=True).choices[0]
+    tokens = whole.logprobs.content
+    stop = tokens[4].token + tokens[5].token
+    for stream in (False, True):
+        answer = ask(client, logprobs=True, stop=stop, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        told = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
+        assert told == tokens[:4]
+        assert all(one.top_logprobs == [] for one in told)
+
+
+def test_logprobs_of_none_are_null_and_of_thoughts_are_refused(client):
+    assert ask(client).choices[0].logprobs is None
+    assert all(chunk.choices[0].logprobs is None for chunk in ask(client, stream=True))
+    with pytest.raises(openai.BadRequestError, match="top_logprobs: is for answers with logprobs") as refused:
+        ask(client, top_logprobs=2)
+    assert refused.value.param == "top_logprobs"
+    with pytest.raises(openai.BadRequestError, match="logprobs: are of an answer without thoughts"):
+        ask(client, logprobs=True, reasoning_effort="low")
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 20"):
+        ask(client, logprobs=True, top_logprobs=21)
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 5"):
+        client.completions.create(model="goose", prompt="a", max_tokens=1, logprobs=6)
+
+
 def test_without_a_seed_each_answer_is_another(client):
     said = {ask(client, seed=openai.omit, top_p=1.0).choices[0].message.content for _ in range(3)}
     assert len(said) == 3
@@ -323,18 +416,101 @@ def test_what_is_not_there_is_an_error_in_the_same_form(server):
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
+SAID = [" One", ",", " two", ";", " three", "."]
+THOUGHT = [">", "H", "m", "</", "th", "ink", ">(", "Four", "\n\n", "User", ":"]
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Iterator[Served]:
+    """A model that says what it is made to: after an "Assistant:" `SAID` and token 0, in a thought `THOUGHT`.
+
+    Its blocks add nothing, so the last token alone decides the next.
+    """
+    folder = tmp_path_factory.mktemp("parrot")
+    write_base(folder / "parrot.pth")
+    tensors, vocabulary = checkpoint.read(folder / "parrot.pth"), world()
+    for name, x in tensors.items():
+        if name.endswith(("output.weight", "ffn.value.weight")):
+            x.zero_()
+    chains = ([":", *SAID, None], ["think", *THOUGHT])
+    follows = {one: other for chain in chains for one, other in itertools.pairwise(chain)}
+    tensors["emb.weight"].zero_()
+    tensors["head.weight"].zero_()
+    generator = torch.Generator().manual_seed(0)
+    for text, following in follows.items():
+        direction = torch.randn(tensors["emb.weight"].shape[1], generator=generator).sign()
+        tensors["emb.weight"][vocabulary.table.index(text.encode())] = direction
+        tensors["head.weight"][0 if following is None else vocabulary.table.index(following.encode())] += direction
+    checkpoint.write(folder / "parrot.pth", tensors)
+    with served(folder / "parrot.pth", folder) as running:
+        yield running
+
+
+def hear(parrot, stream, **how):
+    """What is said, what is thought, why it ended, and of how many tokens."""
+    how = {"model": "parrot", "messages": ASKED, "stream": stream} | how
+    if not stream:
+        answer = parrot.client().chat.completions.create(**how)
+        [choice] = answer.choices
+        thought = getattr(choice.message, "reasoning_content", "")
+        return choice.message.content, thought, choice.finish_reason, answer.usage.completion_tokens
+    *chunks, last = parrot.client().chat.completions.create(**how, stream_options={"include_usage": True})
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    said = "".join(delta.content or "" for delta in deltas)
+    thought = "".join(getattr(delta, "reasoning_content", "") for delta in deltas)
+    why = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert not any(why[:-1])
+    return said, thought, why[-1], last.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_how_an_answer_ends_and_what_it_counts(parrot, stream):
+    """By token 0, at its longest, by a stop text; and what might have become one is said after all."""
+    whole = "".join(SAID).lstrip()
+    assert hear(parrot, stream) == (whole, "", "stop", 7)
+    assert hear(parrot, stream, max_tokens=6) == (whole, "", "length", 6)
+    assert hear(parrot, stream, max_tokens=7) == (whole, "", "stop", 7)
+    assert hear(parrot, stream, max_tokens=2) == ("One,", "", "length", 2)
+    assert hear(parrot, stream, max_completion_tokens=2, max_tokens=5) == ("One,", "", "length", 2)
+    assert hear(parrot, stream, stop=" two") == ("One,", "", "stop", 3)
+    assert hear(parrot, stream, stop=["never", "; thr", "wo;"]) == ("One, t", "", "stop", 4)
+    assert hear(parrot, stream, stop="three.\n") == (whole, "", "stop", 7)
+    assert hear(parrot, stream, stop="three.\n", max_tokens=6) == (whole, "", "length", 6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_thought_is_apart_and_the_next_turn_ends_an_answer(parrot, stream):
+    for effort in ("low", "medium", "high"):
+        assert hear(parrot, stream, reasoning_effort=effort) == ("(Four", "Hm", "stop", len(THOUGHT))
+    assert hear(parrot, stream, reasoning_effort="low", max_tokens=4) == ("", "Hm</", "length", 4)
+
+
+def test_what_was_read_is_counted_once(parrot):
+    """Without token 0; two prompts, two continuations of each."""
+    answer = parrot.client().completions.create(model="parrot", prompt=["a:", "b:"], n=2, max_tokens=3)
+    assert [(x.index, x.text, x.finish_reason) for x in answer.choices] == [
+        (i, " One, two", "length") for i in range(4)
+    ]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 12, 16)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    again = parrot.client().completions.create(model="parrot", prompt="a: One,", max_tokens=1)
+    assert (again.usage.prompt_tokens, again.usage.prompt_tokens_details.cached_tokens) == (4, 2)
+
+
+def test_a_stream_ends_as_openais_does(parrot):
+    body = {"model": "parrot", "messages": ASKED, "stream": True}
+    reply = httpx.post(f"{parrot.address}/v1/chat/completions", json=body, timeout=PATIENCE)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *events, end, empty = reply.text.split("\n\n")
+    assert (end, empty) == ("data: [DONE]", "")
+    assert {json.loads(event.removeprefix("data: "))["object"] for event in events} == {"chat.completion.chunk"}
+
+
 @pytest.fixture(scope="module")
 def with_state(model, tmp_path_factory) -> Path:
     """A LoRA with a tuned state."""
-    [config] = [x for x in OTHERS if x.kind == "lora" and x.state == "wkv and token shift"]
-    loaded = models.load(model)
-    attach(loaded, config, seed=0)
-    generator = torch.Generator().manual_seed(2)
-    tensors = {name: 0.3 * torch.randn(x.shape, generator=generator) for name, x in trained_state(loaded).items()}
-    path = tmp_path_factory.mktemp("adapter") / "adapter.pth"
-    about = {"format": 1, "adapter": config, "base_sha256": sha256(model), "data_sha256": "", "vocabulary_sha256": ""}
-    file.write(path, tensors, AdapterRecord(**about, run="r"))
-    return path
+    [config] = [x for x in methods.OTHERS if x.kind == "lora" and x.state == "wkv and token shift"]
+    return methods.adapter(model, config, tmp_path_factory.mktemp("adapter") / "adapter.pth")
 
 
 def test_adapter_state_and_key(model, with_state, tmp_path):

@@ -5,12 +5,15 @@ import re
 import struct
 import tomllib
 
+import conformed
 import golden_adapters as golden
+import methods
 import pytest
 import torch
 
-from rwkv_core import ai00
+from rwkv_core import ai00, checkpoint
 from rwkv_core.adapters import file
+from rwkv_core.conformance.report import faults
 from rwkv_core.errors import InputError
 
 BASE = golden.FOLDER / "base-7.pth"
@@ -59,6 +62,49 @@ def test_the_engine_makes_of_it_what_the_merge_does(name, tmp_path):
         torch.testing.assert_close(got[tensor], want, rtol=0, atol=1e-6 if name == "own-rslora" else 0)
     assert (receipt["rank"], receipt["alpha"], receipt["matrices"]) == (MOUNTED[name], recipe["alpha"], 12)
     assert set(receipt["files"]) == {"lora.st", "lora.toml"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    checkpoint.write(path, conformed.model(n_layer=3).state_dict())
+    return path
+
+
+@pytest.mark.parametrize("config", [*methods.EXAMPLES[:3], methods.OTHERS[2]], ids=lambda config: config.kind)
+def test_what_the_engine_reads_conforms(config, base, tmp_path):
+    """By the reader of web-rwkv's rules, with the base in float16; no file of that is left."""
+    adapter, out = methods.adapter(base, config, tmp_path / "adapter.pth"), tmp_path / "out"
+    checked = ai00.conform(adapter, out, ai00.export(adapter, out, base), base, "full")
+    assert [one.passed for one in checked] == [True] * len(checked), [faults(one) for one in checked]
+    files = [("lora.st", "lora"), *([("lora.state", "st state")] if config.state != "none" else [])]
+    assert [(one.file, one.format) for one in checked] == files
+    assert all(one.reader == "reference" and len(one.logits) == 3 for one in checked)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter.pth", "out"}
+
+
+@pytest.mark.parametrize("fault", ["alpha", "turned", "another pair", "no vector", "turned state"])
+def test_a_fault_of_the_export_is_found(fault, base, tmp_path, monkeypatch):
+    adapter, pair = methods.adapter(base, methods.OTHERS[2], tmp_path / "adapter.pth"), ai00._pair
+    write, vectors = ai00.web_rwkv.write, ai00.web_rwkv.from_official
+    match fault:
+        case "alpha":
+            monkeypatch.setattr(ai00, "_scale", lambda config: 1.0)
+        case "turned":
+            monkeypatch.setattr(ai00, "_pair", lambda parts, inputs: tuple(x.mT for x in pair(parts, inputs)[::-1]))
+        case "another pair":
+            monkeypatch.setattr(ai00, "_pair", lambda *given: (pair(*given)[0].flip(0), pair(*given)[1]))
+        case "no vector":
+            monkeypatch.setattr(
+                ai00.web_rwkv, "from_official", lambda x: {k: y for k, y in vectors(x).items() if "ln2.weight" not in k}
+            )
+        case _:
+            monkeypatch.setattr(ai00.web_rwkv, "write", lambda path, x: write(path, {k: y.mT for k, y in x.items()}))
+    report = ai00.export(adapter, tmp_path / "out")
+    monkeypatch.setattr(ai00.web_rwkv, "write", write)
+    monkeypatch.setattr(ai00.web_rwkv, "from_official", vectors)
+    checked = ai00.conform(adapter, tmp_path / "out", report, base, "full")
+    assert [one.passed for one in checked] == ([True, False] if fault == "turned state" else [False, True])
 
 
 def test_alpha_is_that_of_the_training_where_the_rank_is(tmp_path):

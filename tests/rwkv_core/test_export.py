@@ -207,7 +207,6 @@ def test_a_state_is_written_for_each_client(model, state, out):
     for form, name in (("pth", "state.pth"), ("st", "model.state")):
         entry = report["formats"][form]["state"]
         assert (entry["file"], entry["sha256"], entry["tensors"]) == (name, sha256(out / name), 3)
-        assert 0 <= entry["change_in_nats"] < 0.01
     mounted = models.load(model, dtype=torch.float32)
     tokens = torch.arange(1, 20)[None]
     with torch.no_grad():
@@ -217,23 +216,6 @@ def test_a_state_is_written_for_each_client(model, state, out):
         ]
     assert torch.equal(logits[0], logits[1])
     torch.testing.assert_close(logits[2], logits[0], rtol=1e-2, atol=1e-2)
-
-
-def test_a_turned_state_is_found(model, state, out, monkeypatch):
-    """What comes back is not only compared, but used: here by a model that is sure of itself."""
-    tensors = checkpoint.read(model)
-    checkpoint.write(model, tensors | {"head.weight": 10 * tensors["head.weight"]})
-    export(model, out, ("st",), "as_loaded", state)
-    whole = checkpoint.read
-
-    def turned(path):
-        tensors = whole(path)
-        return {name: x.mT for name, x in tensors.items()} if path.name == "model.state" else tensors
-
-    monkeypatch.setattr("rwkv_core.export._check", lambda source, back, forms: {})
-    monkeypatch.setattr(checkpoint, "read", turned)
-    with pytest.raises(Problem, match=r"after the exported state a token changes by .* nats: rounding is less than"):
-        export(model, out, ("st",), "as_loaded", state)
 
 
 WORLD = 65536
@@ -393,7 +375,7 @@ def test_a_state_for_each_engine_by_hand(state, out):
 
 
 def test_memory_is_that_of_one_tensor(tmp_path):
-    """A model of 200 MB in parts of 4 MB: as files are written and read back, no more than some parts are in memory."""
+    """A model of 200 MB in parts of 4 MB, and its state: as files are written and read back, some parts are in memory."""
     code = """
 import sys
 from pathlib import Path
@@ -405,7 +387,7 @@ import gguf, safetensors.torch
 world()
 config = FormatsConfig.model_validate_json(sys.argv[3])
 before = high_water("self")
-export.export(Path(sys.argv[1]), Path(sys.argv[2]), config)
+export.export(Path(sys.argv[1]), Path(sys.argv[2]), config, state=Path(sys.argv[4]))
 print(high_water("self") - before)
 """
     sizes = {"n_layer": 16, "n_embd": 512, "head_size": 64, "vocab_size": WORLD}
@@ -419,6 +401,9 @@ print(high_water("self") - before)
     assert size > 2.4e8
     config = {"formats": ALL, "dtype": "bf16", "gguf": ["f16", "q8_0"], "hf": {"dtype": "as_loaded", "part_gb": 1}}
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", code, str(tmp_path / "model.pth"), str(tmp_path / "out"), json.dumps(config)]
+    state = {f"blocks.{i}.att.time_state": torch.ones(8, 64, 64, dtype=torch.bfloat16) for i in range(16)}
+    checkpoint.write(tmp_path / "state.pth", state)
+    command = [sys.executable, "-c", code, *map(str, (tmp_path / "model.pth", tmp_path / "out")), json.dumps(config)]
+    command.append(str(tmp_path / "state.pth"))
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) < 5 * largest  # a second copy of the model beside what is mapped would be more

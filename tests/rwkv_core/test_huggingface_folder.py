@@ -51,6 +51,13 @@ def test_its_tokenizer_is_worlds(text, tokenizer):
     assert tokenizer.decode([0, *ids], skip_special_tokens=True) == text
 
 
+def test_special_tokens_come_back(folder, tmp_path):
+    assert checkpoint.special_tokens(folder) == SPECIAL
+    for text in ('{"<end>": 0, "<tool>": "65530"}', "[1]", "{"):
+        (tmp_path / "added_tokens.json").write_text(text)
+        assert checkpoint.special_tokens(tmp_path) == {}
+
+
 def test_half_a_character_is_decoded(tokenizer):
     whole = world().encode("🦅")
     assert tokenizer.decode(whole) == "🦅"

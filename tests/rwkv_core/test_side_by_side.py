@@ -61,6 +61,28 @@ def test_two_models_on_a_folder(subjects, text, tmp_path):
     assert total / metrics["tokens"] == pytest.approx(metrics["tuned"]["loss"])
 
 
+def test_a_report_of_two_models(subjects, text, tmp_path):
+    """Of what is known: no training and no samples."""
+    metrics, _ = side_by_side.evaluate(*subjects, text, out=tmp_path / "out", page=True, **SETTINGS)
+    digests = [sha256(one.path) for one in subjects]
+    page, words = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
+    data = json.loads((tmp_path / "out/receipt.json").read_text())["data"]["sha256"]
+    for known in (*digests, data, "0.pth", "1.pth", f"{metrics['tokens']:,} tokens"):
+        assert known in page
+        assert known in words
+    assert page.count('class="chart"') == 2
+    assert "There is nothing to draw" not in page
+    assert {"positions.svg", "documents.svg", "report.zh.md", "measures.csv"} <= {
+        x.name for x in (tmp_path / "out").iterdir()
+    }
+    assert not (tmp_path / "out/loss_curve.svg").exists()
+    packed = Subject(subjects[0].path, BYTES, quantize="int8")
+    side_by_side.evaluate(subjects[0], packed, text, out=tmp_path / "packed", page=True, **SETTINGS)
+    words = (tmp_path / "packed/report.md").read_text()
+    assert words.count(digests[0]) == 1
+    assert "| frozen matrices kept in | int8 |" in words
+
+
 def test_token_files_are_taken_with_their_masks_and_parts(subjects, tmp_path):
     writer, draw = Writer(tmp_path / "valid"), np.random.default_rng(0)
     for i in range(6):

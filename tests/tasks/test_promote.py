@@ -159,6 +159,28 @@ def test_exports_with_other_bytes_never_promote(checkout):
     assert not (checkout.good.folder / "exports").exists()
 
 
+def test_exports_that_do_not_conform_never_promote(checkout):
+    """A model that was trained with another epsilon than clients take: they would compute otherwise than what was judged."""
+    record = checkout.good.folder / "outputs/train/run.json"
+    values = json.loads(record.read_text())
+    values["base"]["head_size_divisor"] = 1.0
+    record.unlink()
+    record.write_text(json.dumps(values))
+    settings = checkout.params.export.model_copy(update={"conformance": "full", "formats": ("st",)})
+    checkout.params = checkout.params.model_copy(update={"export": settings})
+    promoted, checks, _ = ask(checkout, checkout.registry.find(checkout.good.key[:12]))
+    assert not promoted
+    assert [name for name, check in checks.items() if not check["passed"]] == ["exports conform"]
+    assert "model.st: reference is " in checks["exports conform"]["found"]
+    assert checkout.registry.champion() is None
+    assert not (checkout.good.folder / "exports").exists()
+    values["base"]["head_size_divisor"] = 8.0
+    record.write_text(json.dumps(values))
+    promoted, checks, _ = ask(checkout, checkout.registry.find(checkout.good.key[:12]))
+    assert promoted, checks
+    assert checks["exports conform"]["found"] == "st (reference): exported here for the first time"
+
+
 def test_rows_that_the_champion_was_trained_on_are_left_out(checkout):
     """The champion has learned some of the rows that the candidate holds out; then all of them."""
     held_out = [row for row in dialogues(400, 2, shuffled=0) if is_held_out(row)]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -157,6 +158,27 @@ def test_export_writes_what_it_checked(done):
     assert "| model.pth | pth | rwkv 0.8.32 |" in (done.root / "outputs/export/conformance.md").read_text()
     merged, exported = (checkpoint.read(done.root / f"outputs/{p}/model.pth") for p in ("merged", "export"))
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
+
+
+def test_an_export_that_does_not_conform_leaves_the_former_and_its_verdict(done, fresh):
+    """Every tensor is right; but the model is said to have another epsilon than clients take."""
+    before = files(fresh)
+    fresh.set(export__conformance="full", model__head_size_divisor=1)
+    failed = fresh.stage("export", check=False)
+    assert failed.returncode == 1
+    told = failed.stdout.splitlines()[-1]
+    assert re.match(r"export: model\.pth: reference is \S+ from our logits on the ASCII prompt", told), failed.stdout
+    assert "see .rwkvflow/refused/conformance.md" in told
+    assert "Traceback" not in failed.stdout
+    assert files(fresh) == before
+    verdict = fresh.json(".rwkvflow/refused/conformance.json")["conformance"]
+    assert (verdict["passed"], verdict["conforms"]) == (False, "none")
+    said = (fresh.root / ".rwkvflow/refused/conformance.md").read_text()
+    assert "| **no** | model.pth | pth | rwkv 0.8.32 |" in said
+    fresh.set(model__head_size_divisor=8)
+    assert f"conforms: {done.json('outputs/export/conformance.json')['conformance']['conforms']}" in (
+        fresh.stage("export").stdout
+    )
 
 
 def test_the_export_has_a_card_without_a_place_on_this_machine(done):

@@ -33,6 +33,7 @@ PARAMS = {
 BASE = {"path": "models/base.pth", "sha256": "b" * 64, "version": 7, "n_layer": 4, "n_embd": 64}
 DATA = {"path": "corpus.jsonl", "sha256": "d" * 64, "rows": 900, "train": 81_000, "valid": 9_000}
 STEPS = 12
+CONFORMS = "pth (rwkv 0.8.32), st (reference)"
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's use of SQLAlchemy
 
@@ -164,7 +165,7 @@ def trained(root, *, merged=b"merged"):
     write(outputs / "evaluate/samples.json", {"samples": []})
     (outputs / "evaluate/report.html").write_text("<h1>better</h1>")
     (outputs / "evaluate/loss.svg").write_text("<svg/>")
-    write(outputs / "export/conformance.json", {"pth": {"passed": True}})
+    write(outputs / "export/conformance.json", {"conformance": {"passed": True, "conforms": CONFORMS}})
     (root / "params.yaml").write_text("seed: 42\n")
     return made
 
@@ -262,7 +263,7 @@ def test_a_finished_run_is_mirrored_whole(root):
     assert (version.version, version.run_id) == (1, run.info.run_id)
     assert version.tags["merged.sha256"] == model
     assert version.tags["adapter.sha256"] == sha256(root / "outputs/train/adapter.pth")
-    assert (version.tags["evaluate.tuned.loss"], version.tags["export.pth.passed"]) == ("2.4", "true")
+    assert (version.tags["evaluate.tuned.loss"], version.tags["conforms"]) == ("2.4", CONFORMS)
     assert (root / "mlartifacts").is_dir()
 
 
@@ -295,6 +296,19 @@ def test_a_changed_report_is_stored_again_and_new_numbers_count(root):
     forget(root)
     tracking.publish(root, NAMES)
     assert rows_in(root) == before
+
+
+def test_a_version_conforms_as_its_own_export_says(root):
+    """The tag follows a new export, and a model whose export is still to come has none."""
+    trained(root)
+    tracking.publish(root, NAMES)
+    write(root / "outputs/export/conformance.json", {"conformance": {"passed": True, "conforms": "gguf (llama.cpp)"}})
+    tracking.publish(root, NAMES)
+    merge(root, b"merged otherwise")
+    shutil.rmtree(root / "outputs/export")
+    tracking.publish(root, NAMES)
+    versions = sorted(client(tracking.uri(root)).search_model_versions("name='tuned'"), key=lambda v: v.version)
+    assert [version.tags.get("conforms") for version in versions] == ["gguf (llama.cpp)", None]
 
 
 def test_each_merged_model_is_one_version(root):
