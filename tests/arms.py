@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 def quick(root, takes: float = 0) -> Project:
     """A project, with a training that takes so many seconds."""
-    project = make(root)
+    project = make(root, tracked=False)
     (root / "tasks/train.py").write_text(TRAIN)
     with (root / ".gitignore").open("a") as file:
         file.write("/ran\n/takes\n/going\n/together\n/crashed*\n")

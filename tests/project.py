@@ -18,6 +18,9 @@ from rwkv_core.models.rwkv7 import RWKV7
 ROOT = Path(__file__).parent.parent
 WORDS = "the state of a model is what it carries from token to token and it learns to keep what matters"
 
+NOWHERE = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+"""An MLflow that answers nobody: a stage that finds none takes half of the time."""
+
 
 @dataclass
 class Project:
@@ -63,8 +66,13 @@ class Project:
         return json.loads((self.root / path).read_text())
 
 
-def make(root: Path) -> Project:
-    """Copy what git knows, new files included, and give it a tiny base and corpus of its own."""
+def make(root: Path, *, tracked: bool = True) -> Project:
+    """Copy what git knows, new files included, and give it a tiny base and corpus of its own.
+
+    Args:
+        root: where it shall lie.
+        tracked: whether runs go to the MLflow of the checkout, or to none.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -81,7 +89,8 @@ def make(root: Path) -> Project:
             "OMP_NUM_THREADS": "1",
             "DVC_NO_ANALYTICS": "1",
             "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t",
-        },
+        }
+        | ({} if tracked else NOWHERE),
     )  # fmt: skip
     write_base(root / "mine" / "base.pth")
     write_corpus(root / "mine" / "corpus.jsonl")
@@ -114,9 +123,9 @@ def make(root: Path) -> Project:
     return project
 
 
-def copy_of(project, root: Path):
+def copy_of(project, root: Path, *, tracked: bool = False):
     """Another project whose outputs are those that this one has, for a test to damage."""
-    copy = make(root)
+    copy = make(root, tracked=tracked)
     shutil.copytree(project.root / "outputs", copy.root / "outputs")
     return copy
 

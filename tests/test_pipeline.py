@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import random_models
-from project import ROOT, make, write_base, write_corpus
+from project import NOWHERE, ROOT, make, write_base, write_corpus
 from safetensors.torch import save_file
 
 from rwkv_core import checkpoint
@@ -25,6 +25,7 @@ def project(tmp_path_factory):
     """A project whose pipeline has run once; its lock is committed."""
     project = make(tmp_path_factory.mktemp("pipeline"))
     project.first = project.dvc("repro").stdout
+    project.environment |= NOWHERE
     project.run("git", "add", "-A")
     project.run("git", "commit", "-qm", "ran")
     return project

@@ -14,9 +14,9 @@ OURS = ("kernels", "rwkv_core", "tasks", "flows", "demo")
 MAY_IMPORT = {
     "kernels": {"torch", "triton", "fla"},
     "rwkv_core": {
-        "kernels", "torch", "pytorch_lightning", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer", "tokenizers",
-        "rich", "jinja2", "markupsafe", "bitsandbytes", "deepspeed", "peft", "gguf", "filelock", "pyarrow", "huggingface_hub",
-        "lm_eval",
+        "kernels", "torch", "pytorch_lightning", "lightning_utilities", "numpy", "pydantic", "safetensors", "pyrwkv_tokenizer",
+        "tokenizers", "rich", "jinja2", "markupsafe", "bitsandbytes", "deepspeed", "peft", "gguf", "filelock", "pyarrow",
+        "huggingface_hub", "lm_eval",
         "rwkv", "llama_cpp", "transformers",  # clients that conformance runs
     },
     "tasks": {
@@ -126,13 +126,16 @@ def test_stages_stand_in_the_order_they_run():
         ("tasks.prepare", {"torch", "prefect", "mlflow", "dvc"}),
         ("tasks.merge", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
         ("tasks.evaluate", {"pytorch_lightning", "prefect", "mlflow", "dvc", "matplotlib"}),
-        ("tasks.train", {"prefect", "mlflow", "dvc"}),
+        ("tasks.train", {"prefect", "mlflow", "dvc", "scipy", "transformers", "matplotlib"}),
         (
             "rwkv_core.models",
             {"pytorch_lightning", "safetensors", "pydantic", "ninja", "triton", "fla", "prefect", "mlflow", "dvc"},
         ),
         ("rwkv_core.adapters", {"pytorch_lightning", "pydantic", "bitsandbytes", "peft", "transformers"}),
-        ("rwkv_core.training.fit", {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "fla"}),
+        (
+            "rwkv_core.training.fit",
+            {"prefect", "mlflow", "dvc", "deepspeed", "bitsandbytes", "fla", "scipy", "transformers"},
+        ),
         ("flows.cli", {"torch", "prefect", "mlflow", "dvc"}),
     ],
 )

@@ -1,1 +1,36 @@
 """Training: the loss, the schedule, the steps and what happens between them."""
+
+import contextlib
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError
+
+from lightning_utilities.core import imports
+
+
+def _import_torchmetrics() -> None:
+    """Import torchmetrics, as Lightning does, and of what it takes along only what training uses.
+
+    For metrics that no training here computes it imports these packages, where they are installed, and they take longer than
+    torch. It is told that they are not, as it may be on any machine; nobody else is.
+    """
+    away = {"scipy", "transformers", "matplotlib"} - set(sys.modules)
+    version = imports._version
+
+    def installed(name: str) -> str:
+        if name in away:
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    imports._version = installed
+    sys.modules.update(dict.fromkeys(away))  # type: ignore[arg-type] -- None says that it can't be imported
+    try:
+        with contextlib.suppress(ImportError):  # Lightning will say so, if it is the same for it
+            importlib.import_module("torchmetrics")
+    finally:
+        imports._version = version
+        for name in away:
+            del sys.modules[name]
+
+
+_import_torchmetrics()

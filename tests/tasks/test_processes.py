@@ -23,7 +23,7 @@ OUTPUTS = ("adapter.pth", "history.csv", "valid.csv")
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A project whose training two processes share, and what it leaves undisturbed."""
-    project = make(tmp_path_factory.mktemp("shared"))
+    project = make(tmp_path_factory.mktemp("shared"), tracked=False)
     project.set(
         train__parallel__strategy="ddp", train__parallel__devices=2, train__checkpoint_every=2, train__epochs=None,
         train__steps=40, adapter__dropout=0.2,

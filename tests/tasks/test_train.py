@@ -28,6 +28,12 @@ def fresh(prepared, tmp_path):
     return copy_of(prepared, tmp_path / "copy")
 
 
+@pytest.fixture
+def tracked(prepared, tmp_path):
+    """The same, with an MLflow."""
+    return copy_of(prepared, tmp_path / "copy", tracked=True)
+
+
 KILLED = """
 import os, random, signal, sys
 from tasks import train
@@ -47,36 +53,36 @@ train.train()
 
 
 @pytest.mark.slow
-def test_a_training_killed_again_and_again_leaves_the_same_files_and_one_curve(fresh):
+def test_a_training_killed_again_and_again_leaves_the_same_files_and_one_curve(tracked):
     """Against a run that nobody killed: adapters, tables and MLflow's curves, in which each step is once, with its value."""
     kept = {"every": 3, "every_epochs": None, "keep_last": 2, "keep_best": 1, "result": "best"}
-    fresh.set(train__saves=kept, train__optimizer__lr=0.02, tracking__experiment="undisturbed")
-    fresh.stage("train")
-    table = (fresh.root / "outputs/train/saves/saves.csv").read_text().splitlines()
+    tracked.set(train__saves=kept, train__optimizer__lr=0.02, tracking__experiment="undisturbed")
+    tracked.stage("train")
+    table = (tracked.root / "outputs/train/saves/saves.csv").read_text().splitlines()
     assert table[0] == "file,step,epoch,valid_loss"
     names = {line.partition(",")[0] for line in table[1:]}
-    assert {path.name for path in (fresh.root / "outputs/train/saves").iterdir()} == {*names, "saves.csv"}
+    assert {path.name for path in (tracked.root / "outputs/train/saves").iterdir()} == {*names, "saves.csv"}
     assert len(names) >= 2
-    expected = {name: data for name, data in files(fresh).items() if name.startswith("outputs/train")}
-    shutil.rmtree(fresh.root / "outputs/train")
-    shutil.rmtree(fresh.root / ".rwkvflow/runs")
+    expected = {name: data for name, data in files(tracked).items() if name.startswith("outputs/train")}
+    shutil.rmtree(tracked.root / "outputs/train")
+    shutil.rmtree(tracked.root / ".rwkvflow/runs")
 
-    fresh.set(tracking__experiment="killed")
+    tracked.set(tracking__experiment="killed")
     for forwards in (5, 5, 6):  # in step 3, while it validates after step 5, in step 8
-        killed = fresh.run(sys.executable, "-c", KILLED, str(forwards), check=False)
+        killed = tracked.run(sys.executable, "-c", KILLED, str(forwards), check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stdout
-    assert "continuing after step" in fresh.stage("train").stdout
-    made = {name: data for name, data in files(fresh).items() if name.startswith("outputs/train")}
+    assert "continuing after step" in tracked.stage("train").stdout
+    made = {name: data for name, data in files(tracked).items() if name.startswith("outputs/train")}
     differ = {name.rpartition("/")[2] for name in expected if made[name] != expected[name]}
     assert made.keys() == expected.keys()
     assert differ <= {"run.json", "metrics.json", "train_log.txt"}  # which have times in them
-    log = [line.split() for line in (fresh.root / "outputs/train/train_log.txt").read_text().splitlines()]
+    log = [line.split() for line in (tracked.root / "outputs/train/train_log.txt").read_text().splitlines()]
     undisturbed = [line.split() for line in expected["outputs/train/train_log.txt"].decode().splitlines()]
     assert [[*a[:4], *a[6:]] for a in log if len(a) == 8] == [[*b[:4], *b[6:]] for b in undisturbed if len(b) == 8]
     assert next(line[0] for line in log if len(line) != 8) == "NEW"
-    curves = json.loads(fresh.run(sys.executable, "-c", CURVES).stdout.splitlines()[-1])
+    curves = json.loads(tracked.run(sys.executable, "-c", CURVES).stdout.splitlines()[-1])
     assert curves["killed"] == curves["undisturbed"]
-    steps = fresh.json("outputs/train/metrics.json")["steps"]
+    steps = tracked.json("outputs/train/metrics.json")["steps"]
     assert [step for step, _ in curves["killed"]["train/loss"]] == list(range(1, steps + 1))
 
 

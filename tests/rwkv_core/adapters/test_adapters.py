@@ -166,15 +166,21 @@ def test_every_version_takes_it(version, config, random_model, tokens, tmp_path)
     torch.testing.assert_close(merged_logits(tmp_path / "merged.pth", tokens), want, rtol=1e-4, atol=1e-4)
 
 
-@every_adapter
-@pytest.mark.parametrize(
-    ("version", "form"),
-    [
-        pytest.param(version, form, marks=() if version == "7" or form == "nf4" else pytest.mark.slow)
-        for version in VERSIONS
-        for form in FORMS
-    ],
-)
+def every_pair():
+    """Of method and form, of method and version, and of version and form: all three together are 252."""
+    for i, form in enumerate(FORMS):
+        for j, config in enumerate(MATRICES):
+            yield pytest.param(VERSIONS[(i + j) % len(VERSIONS)], form, config, id=f"{config.kind}-{form}-{j}")
+
+
+def test_every_pair_is_among_the_cases():
+    cases = [case.values for case in every_pair()]
+    assert {(form, config.kind) for _, form, config in cases} == {(f, c.kind) for f in FORMS for c in MATRICES}
+    assert {(version, form) for version, form, _ in cases} == {(v, f) for v in VERSIONS for f in FORMS}
+    assert len({(version, id(config)) for version, _, config in cases}) == len(VERSIONS) * len(MATRICES)
+
+
+@pytest.mark.parametrize(("version", "form", "config"), list(every_pair()))
 def test_every_method_works_beside_packed_matrices(version, form, config, random_model, tokens, tmp_path):
     """Attached it changes nothing, it learns, and merged into the base as it was rounded it computes the same."""
     base = tmp_path / "base.pth"
