@@ -15,7 +15,9 @@ def _import_torchmetrics() -> None:
     torch. It is told that they are not, as it may be on any machine; nobody else is.
     """
     away = {"scipy", "transformers", "matplotlib"} - set(sys.modules)
-    version = imports._version
+    version = getattr(imports, "_version", None)
+    if version is None:  # another release of lightning_utilities
+        return
 
     def installed(name: str) -> str:
         if name in away:
