@@ -17,7 +17,7 @@ from importlib.machinery import PathFinder
 
 GONE = {
     "bitsandbytes", "deepspeed", "dvc", "fla", "hypothesis", "matplotlib", "mlflow", "ninja", "playwright", "prefect",
-    "pydantic", "pyrwkv_tokenizer", "ruamel", "rwkv", "safetensors", "tokenizers",
+    "peft", "psutil", "pydantic", "pyrwkv_tokenizer", "ruamel", "rwkv", "safetensors", "scipy", "tokenizers", "transformers",
 }
 
 
@@ -44,7 +44,7 @@ def test_rehearsal(tmp_path):
     assert all(f"## {title}" in text for title in ("WKV", "Around it", "LoRA step"))
 
 
-def test_its_tests_need_no_more_than_an_image_with_torch(tmp_path):
+def test_it_and_its_tests_need_no_more_than_an_image_with_torch(tmp_path):
     """Triton, nvcc and pytest aside: `make gpu-check` sets nothing up."""
     (tmp_path / "without.py").write_text(WITHOUT)
     (arguments,) = re.findall(r"-m pytest (-m gpu .*)", (ROOT / "Makefile").read_text())
@@ -53,3 +53,4 @@ def test_its_tests_need_no_more_than_an_image_with_torch(tmp_path):
     done = subprocess.run([*command, *arguments.split()], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode in (0, 5), done.stdout  # 5: without a GPU, all that was found is deselected
     assert int(re.findall(r"(\d+) deselected", done.stdout)[-1]) > 1000
+    subprocess.run([sys.executable, "-c", "import without, benchmarks.gpu"], cwd=ROOT, env=env, check=True)
