@@ -46,7 +46,7 @@ class Measure(NamedTuple):
         """A value as it is written."""
         sign = "+" if change else ""
         if self.share:
-            return f"{100 * value:{sign}.1f} {'pp' if change else '%'}"
+            return f"{100 * value:{sign}.1f} pp" if change else f"{value:.1%}"
         return f"{value:{sign}.1f}" if max(abs(self.base), abs(self.tuned)) >= 100 else f"{value:{sign}.4f}"
 
     @property

@@ -173,7 +173,7 @@ def test_it_says_what_was_measured_and_what_was_not():
     text = card.text(subject(), SETTINGS)
     assert "> Better on the held-out documents, worse on other measures. On 321 held-out documents" in text
     assert "It has forgotten some of what the base knew" in text
-    assert "| Answers: exactly right | 31.0 % | 58.0 % | +27.0 pp | +18.0 pp to +36.0 pp | 120 | better |" in text
+    assert "| Answers: exactly right | 31.0% | 58.0% | +27.0 pp | +18.0 pp to +36.0 pp | 120 | better |" in text
     assert "Not measured" not in text
     assert "Not measured: By source, General text, Answers" in card.text(subject(comparison=COMPARISON), SETTINGS)
     assert "It was not evaluated." in card.text(subject(comparison=None), SETTINGS)

@@ -96,7 +96,7 @@ def test_an_evil_page_has_the_elements_of_a_good_one(page, evil_page):
         "On 321 held-out documents (98,765 tokens)",
         "It has forgotten some of what the base knew: the loss on wiki.txt rises by +0.1400 (+0.0900 to +0.1900).",
         "2.1250", "1.6250", "-0.5000", "-0.6251 to -0.4000", "8.3729", "0.8125", "-0.2500", "95% interval", "文档/手册.jsonl",
-        "31.0 %", "+27.0 pp", "+18.0 pp to +36.0 pp", "1,838", "no difference shown", "too few items", "higher is better",
+        "31.0%", "+27.0 pp", "+18.0 pp to +36.0 pp", "1,838", "no difference shown", "too few items", "higher is better",
         "77", "fd5242145586192c" * 4,
     ],
 )  # fmt: skip
@@ -211,7 +211,7 @@ def test_markdown_says_what_the_page_says(tmp_path):
     assert english.startswith(
         "# Evaluation\n\n**Better on the held-out documents, worse on other measures**\n\nOn 321 held-out documents"
     )
-    assert "| Answers: exactly right | 31.0 % | 58.0 % | +27.0 pp | +18.0 pp to +36.0 pp | 120 | better |" in english
+    assert "| Answers: exactly right | 31.0% | 58.0% | +27.0 pp | +18.0 pp to +36.0 pp | 120 | better |" in english
     assert "| 2049–4096 | 35 | 3.3333 | 2.8333 | -0.5000 | -0.8667 to -0.1333 |" in english
     assert "```text\nhello\n```" in english
     assert chinese.startswith("# 评测报告\n\n**留出文档上更好，其他指标变差**\n\n在 321 个留出文档")

@@ -85,7 +85,7 @@ def test_every_group_has_a_sentence_and_every_measure_is_in_it():
         "By source: better on support.jsonl (3.1000 to 2.2000), 文档/手册.jsonl (2.9000 to 2.7000); no difference shown on "
         "poems.jsonl; too few items for a verdict on tiny.jsonl (fewer than 10)."
     ) in text
-    assert "Memorisation: worse on passages continued word for word (1.0 % to 5.5 %)." in text
+    assert "Memorisation: worse on passages continued word for word (1.0% to 5.5%)." in text
     for name in (
         "exactly right",
         "words in common",
@@ -162,7 +162,7 @@ def test_the_cost():
 @pytest.mark.parametrize(
     ("group", "name", "base", "tuned", "shown"),
     [
-        ("answers", "f1", 0.42, 0.66, "66.0 %"), ("tasks", "lambada acc", 0.4, 0.5, "50.0 %"),
+        ("answers", "f1", 0.42, 0.66, "66.0%"), ("tasks", "lambada acc", 0.4, 0.5, "50.0%"),
         ("tasks", "lambada/log_perplexity", 0.9, 0.8, "0.8000"), ("lm_eval", "wiki bits_per_byte", 0.9, 0.8, "0.8000"),
         ("lm_eval", "x score", 2.0, 0.8, "0.8000"), ("general", "b", 0.9, 0.8, "0.8000"), ("general", "a", 900.0, 80.0, "80.0"),
     ],
