@@ -15,22 +15,24 @@ def _import_torchmetrics() -> None:
     torch. It is told that they are not, as it may be on any machine; nobody else is.
     """
     away = {"scipy", "transformers", "matplotlib"} - set(sys.modules)
-    version = getattr(imports, "_version", None)
+    names = vars(imports)
+    version = names.get("_version")
     if version is None:  # another release of lightning_utilities
         return
 
     def installed(name: str) -> str:
         if name in away:
             raise PackageNotFoundError(name)
-        return version(name)
+        return str(version(name))
 
-    imports._version = installed
-    sys.modules.update(dict.fromkeys(away))  # type: ignore[arg-type] -- None says that it can't be imported
+    names["_version"] = installed
+    # None says that it can't be imported
+    sys.modules.update(dict.fromkeys(away))  # type: ignore[arg-type]
     try:
         with contextlib.suppress(ImportError):  # Lightning will say so, if it is the same for it
             importlib.import_module("torchmetrics")
     finally:
-        imports._version = version
+        names["_version"] = version
         for name in away:
             del sys.modules[name]
 

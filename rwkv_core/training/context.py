@@ -41,6 +41,17 @@ def ctx_len_at(config: ContextConfig, ctx_len: int, step: int) -> int:
     return config.initial_ctx_len + done * (ctx_len - config.initial_ctx_len) // config.ctx_warmup_steps
 
 
+def draw_from(seed: int, device: torch.device) -> None:
+    """What is drawn from here on, on the CPU and on `device`, follows from the seed.
+
+    `torch.manual_seed` seeds every kind of device, and for each kind that is not in use formats the stack: 0.5 ms on a CPU.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def check(config: ContextConfig, steps: int) -> None:
     """Refuse a warm-up of the context that the run does not get through.
 
@@ -169,7 +180,7 @@ class Sweep:
         return last or [], back
 
     def _run(self, number: int, segment: Group, state: State) -> tuple[Tensor, State]:
-        torch.manual_seed((self._seed + number) % 2**63)
+        draw_from((self._seed + number) % 2**63, segment.inputs.device)
         # casts that autocast made of parameters without a graph would be taken for those with one
         torch.clear_autocast_cache()
         return self._model.features(segment.inputs, state)

@@ -138,7 +138,7 @@ class Training(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout a function of the seed and the micro-batch, so that a continued run draws what it would have."""
         number = batch_idx * self._here.world + self._here.rank
-        torch.manual_seed((self._seed * 1_000_003 + number) % 2**63)
+        context.draw_from((self._seed * 1_000_003 + number) % 2**63, self.device)
         if batch_idx % self._config.accumulate == 0:
             self.step_loss, self.step_learned, self.step_tokens = 0.0, 0, 0
 

@@ -99,6 +99,7 @@ def test_evaluate_compares_and_reports(done):
         assert {row["source"] for row in csv.DictReader(file)} == {"all"}
 
 
+@pytest.mark.slow
 def test_a_base_is_scored_once_and_the_outputs_are_the_same_bytes(done, fresh):
     """With all of it known, with the base known, and with nothing."""
     before = files(done)
@@ -114,6 +115,7 @@ def test_a_base_is_scored_once_and_the_outputs_are_the_same_bytes(done, fresh):
         assert files(fresh) == before
 
 
+@pytest.mark.slow
 def test_general_text_is_judged_on_and_must_lie_where_dvc_looks(fresh):
     rows = [{"text": f"{i} The quick brown fox jumps over the lazy dog {i * 7}."} for i in range(12)]
     (fresh.root / "mine/general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

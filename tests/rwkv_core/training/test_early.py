@@ -39,6 +39,7 @@ def place(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_ends_there_again(place):
     early = settings(steps=14, validate_every=2, checkpoint_every=4, stop_early={"patience": 2, "min_gain": 0.2})
     calls = []

@@ -275,7 +275,7 @@ def test_full_training(run, tmp_path):
     assert all(torch.equal(saved[f"model.{name}"], x) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_bfloat16(dtype, run):
     """With the base in float32 and in bfloat16; what is trained is float32 in both."""
     model, result = run(settings(epochs=3.0, precision="bf16"), dtype=dtype)
@@ -432,7 +432,11 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("mode", ROWS)
+NOW = ("pad", "pack, carried", "chunk, carried")
+"""Each learns and continues twice: these in every run of the tests, the others where there is time."""
+
+
+@pytest.mark.parametrize("mode", [mode if mode in NOW else pytest.param(mode, marks=pytest.mark.slow) for mode in ROWS])
 def test_every_kind_of_row_learns_and_continues_where_it_stopped(mode, run, tmp_path, monkeypatch):
     """With masks and weights: to the bit, and with the same numbers in the history."""
 
@@ -481,7 +485,7 @@ STATE = StateConfig(kind="state", state="wkv", layers="all", also=(), load=None)
 
 
 @pytest.mark.parametrize("adapter", [STATE, WITH_STATE, LORA], ids=lambda config: f"{config.kind}-{config.state}")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_documents_as_rows_are_learned(adapter, precision, run, data):
     config = settings({"lr": 0.3 if adapter is STATE else 0.02}, rows="pad", epochs=4.0, precision=precision)
     model, result = run(config, adapter=adapter, dtype=torch.bfloat16 if precision == "bf16" else None)

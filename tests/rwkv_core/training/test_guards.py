@@ -35,7 +35,9 @@ QUARANTINE = {"not_finite": "quarantine"}
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"micro_batch": 4, "accumulate": 1}, {"micro_batch": 1, "accumulate": 4}], ids=str
+    "change",
+    [{}, *(pytest.param({"micro_batch": n, "accumulate": 4 // n}, marks=pytest.mark.slow) for n in (4, 1))],
+    ids=str,
 )
 def test_a_planted_nan_is_left_out_and_the_others_keep_their_order(change, place, capsys):
     """As if the rows of its micro-batch had a weight of 0 from the start, and nothing had been wrong with the base."""
@@ -396,6 +398,7 @@ def test_guards_that_meet_nothing_change_nothing(mode, place):
     assert second.incidents == []
 
 
+@pytest.mark.slow
 def test_a_row_whose_state_goes_on_is_left_out(place):
     """The reproducer has the state that the micro-batch is read after; its lanes go on from the state before it."""
     mode = {"rows": "chunk", "carry_state": True, "ctx_len": 4}
