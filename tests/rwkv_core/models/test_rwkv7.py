@@ -29,6 +29,17 @@ def test_state_is_rows_of_values_by_columns_of_keys(random_model):
 # One token at a time, where a block is one call of compiled code.
 
 
+def test_where_processes_share_parameters_a_token_goes_through_each_block(tiny):
+    """There a block's parameters are whole within it alone, and the other processes may read more tokens than one."""
+    passed = []
+    for block in tiny.blocks:
+        block.register_forward_hook(lambda module, *_: passed.append(module.layer))
+    tiny.shared = True
+    with torch.no_grad():
+        tiny.features(torch.tensor([[5]]))
+    assert passed == list(range(len(tiny.blocks)))
+
+
 @pytest.fixture
 def wide(random_model):
     """A model whose heads are of a size that the compiled block takes."""
