@@ -428,7 +428,7 @@ def _groups(base: Base, settings: Settings) -> Iterator[list[Settings]]:
         forms += PACKED
     context, length = settings.train.context, settings.segment
     rows = [context.segment]
-    while context.bptt == "exact" and not settings.train.parallel.shares_parameters and length >= 2 * SHORTEST:
+    while context.bptt == "exact" and length >= 2 * SHORTEST:
         length = -(-length // 2)
         rows.append(length)
     for form in forms:

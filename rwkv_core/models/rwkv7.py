@@ -162,6 +162,7 @@ class RWKV7(RWKV):
         few = tokens.shape[1] == 1 and len(tokens) <= ROWS
         if (
             not few
+            or self.shared
             or torch.is_grad_enabled()
             or self._op not in ("auto", "cpu")
             or not direct("block7", self.emb.weight)

@@ -130,6 +130,9 @@ class RWKV(nn.Module, ABC):
     rates: ClassVar[Mapping[str, float]]
     """Ends of parameter names, and how many times the learning rate of the others they learn with in full training."""
 
+    shared = False
+    """Whether processes have a share each of the parameters: one is whole while its module runs, on all of them at once."""
+
     def __init__(self, shape: Shape, op: Op = "auto") -> None:
         """Build the modules for `shape`; their values are not set: load a checkpoint, or call `initialize`."""
         super().__init__()

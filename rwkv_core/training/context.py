@@ -10,12 +10,15 @@ segment, one gradient of the parameters, and the states at the borders.
 Cut at every k-th border (`bptt: k`), no gradient goes on there, and the two passes are made from cut to cut; with k = 1 the
 first is left out. The loss of a segment then reaches 1 to k segments back: as many as lie between it and the cut.
 
+Where processes have a share each of the parameters, there are whole gradients nowhere: each segment is then a forward and a
+backward pass of the strategy's own, whose hooks gather parameters, and add each share of the gradients where it belongs.
+
 Source: Gruslys et al. 2016, "Memory-Efficient Backpropagation Through Time", arXiv:1606.03401.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +28,22 @@ from rwkv_core.data.sampling import Group
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
+from rwkv_core.training.parallel import Ranks, evened
+
+T = TypeVar("T")
 
 LossOf = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Of what the head reads (R, C), the targets (R,) and their weights (R,): a sum."""
+
+
+class Passes(Protocol):
+    """How a strategy runs what it has shared out. All processes make the same passes, in the same order."""
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Do what reads the parameters."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the parameters' gradients, at a scale of the strategy's."""
 
 
 def ctx_len_at(config: ContextConfig, ctx_len: int, step: int) -> int:
@@ -90,6 +106,11 @@ def segments(group: Group, size: int) -> list[Group]:
     return [Group(*parts, None, None) for parts in zip(inputs, targets, weights, strict=True)]
 
 
+def of_one_reading(state: State) -> State:
+    """For a segment that only keeps a process in step with others: a new state would read a parameter, which all must do."""
+    return [BlockState(*(x[:1].detach() for x in block)) for block in state]
+
+
 class Sweep:
     """A micro-batch's loss and gradients, found segment by segment."""
 
@@ -104,19 +125,10 @@ class Sweep:
             size: tokens of a segment.
             bptt: at every how many-th border gradients end.
             scale: what the loss will be multiplied by: gradients are found at this scale, where small ones are not lost.
-
-        Raises:
-            InputError: processes share each parameter.
         """
         self._model, self._loss_of, self._size, self._scale = model, loss_of, size, scale
         self._bptt = None if bptt == "exact" else bptt
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        if any(map(_in_shards, self._trained)):
-            raise InputError(
-                f"train.context.segment = {size}",
-                "a segment's gradients are of whole parameters, and this strategy (FSDP, or DeepSpeed's stage 3) splits them",
-                "set null, and grad_cp: true; or take ddp, or deepspeed_stage_1 or 2",
-            )
         self._gradients: list[Tensor | None] = [None] * len(self._trained)
         self._losses: list[Tensor] = []
         # both passes draw the same for dropout: each segment from a seed of its own, that of the micro-batch and its number
@@ -132,7 +144,7 @@ class Sweep:
         Returns:
             The state that they leave, detached.
         """
-        cut = segments(group, self._size)
+        cut = self._cut(group)
         numbers = range(self._read, self._read + len(cut))
         self._read += len(cut)
         state, back = before, None
@@ -144,12 +156,18 @@ class Sweep:
         self._differentiate(_flat(before), back or [], [])
         return state
 
+    def total(self) -> Tensor:
+        """The sum of all losses, a scalar without a graph."""
+        return torch.stack(self._losses).double().sum().to(self._losses[0].dtype)
+
     def loss(self) -> Tensor:
         """The sum of all losses, a scalar; its backward gives every trained parameter its gradient, once."""
-        whole = torch.stack(self._losses).double().sum().to(self._losses[0].dtype)
         gradients, self._gradients = self._gradients, []
-        loss: Tensor = _Found.apply(whole, gradients, self._scale, *self._trained)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Found.apply(self.total(), gradients, self._scale, *self._trained)  # type: ignore[no-untyped-call]
         return loss
+
+    def _cut(self, group: Group) -> Sequence[Group]:
+        return segments(group, self._size)
 
     def _stretch(
         self, numbered: Sequence[tuple[int, Group]], state: State, *, wants_first: bool
@@ -159,25 +177,38 @@ class Sweep:
         places: list[State] = []
         with torch.no_grad():
             for count, (number, segment) in enumerate(numbered[:-1]):
-                after = self._run(number, segment, borders[-1])[1]
+                after = self._after(number, segment, borders[-1])
                 places = places or _places(after, len(numbered) - 1)
                 borders.append(_copied(after, places[count]))
         last: State | None = None
         back: list[Tensor | None] = []
         for number, segment in reversed(numbered):
             begin = borders.pop()
-            starts = _flat(begin)
-            for x, given in zip(starts, _flat(state), strict=True):
+            for x, given in zip(_flat(begin), _flat(state), strict=True):
                 x.requires_grad_(bool(borders) or (wants_first and given.requires_grad))
-            with torch.enable_grad():
-                features, after = self._run(number, segment, begin)
-                weights = None if segment.weights is None else segment.weights.flatten()
-                loss = self._loss_of(features.flatten(0, 1), segment.targets.flatten(), weights)
-            self._losses.append(loss.detach())
+            loss, after, back = self._differentiated(number, segment, begin, back)
+            self._losses.append(loss)
             last = last or _detached(after)
-            seed = torch.full_like(loss, self._scale)
-            back = self._differentiate([loss, *_flat(after)], [seed, *(back or [None] * (3 * len(after)))], starts)
         return last or [], back
+
+    def _after(self, number: int, segment: Group, state: State) -> State:
+        """The state that a segment leaves."""
+        return self._run(number, segment, state)[1]
+
+    def _differentiated(
+        self, number: int, segment: Group, begin: State, back: Sequence[Tensor | None]
+    ) -> tuple[Tensor, State, list[Tensor | None]]:
+        """Add a segment's gradients, with `back` those of the state it leaves: its loss, that state, those of `begin`."""
+        with torch.enable_grad():
+            loss, after = self._loss(number, segment, begin)
+        seed = torch.full_like(loss, self._scale)
+        found = self._differentiate([loss, *_flat(after)], [seed, *(back or [None] * (3 * len(after)))], _flat(begin))
+        return loss.detach(), after, found
+
+    def _loss(self, number: int, segment: Group, state: State) -> tuple[Tensor, State]:
+        features, after = self._run(number, segment, state)
+        weights = None if segment.weights is None else segment.weights.flatten()
+        return self._loss_of(features.flatten(0, 1), segment.targets.flatten(), weights), after
 
     def _run(self, number: int, segment: Group, state: State) -> tuple[Tensor, State]:
         draw_from((self._seed + number) % 2**63, segment.inputs.device)
@@ -204,6 +235,65 @@ class Sweep:
         return [next(rest) if x.requires_grad else None for x in starts]
 
 
+class SharedSweep(Sweep):
+    """The same where processes share each parameter: the gradients are added up in the shares. No state is tuned there."""
+
+    def __init__(
+        self,
+        model: RWKV,
+        loss_of: LossOf,
+        size: int,
+        bptt: Literal["exact"] | int,
+        *,
+        scale: float,
+        passes: Passes,
+        here: Ranks,
+    ) -> None:
+        """As above; `scale` is what the loss is multiplied by for `passes.backward`."""
+        super().__init__(model, loss_of, size, bptt, scale=scale)
+        self._passes, self._here = passes, here
+
+    def _cut(self, group: Group) -> Sequence[Group]:
+        """As many as the rank with the most has: those added leave the state and its gradient as they are."""
+        cut = super()._cut(group)
+        self._end = self._read + len(cut)
+        return evened(cut, self._here, group.inputs.device)
+
+    def _after(self, number: int, segment: Group, state: State) -> State:
+        after = self._passes.forward(lambda: self._run(number, segment, self._before(number, state))[1])
+        return after if number < self._end else state
+
+    def _differentiated(
+        self, number: int, segment: Group, begin: State, back: Sequence[Tensor | None]
+    ) -> tuple[Tensor, State, list[Tensor | None]]:
+        added, before = number >= self._end, self._before(number, begin)
+        for x, y in zip(_flat(before), _flat(begin), strict=True):
+            x.requires_grad_(y.requires_grad)
+
+        def work() -> tuple[Tensor, Tensor, State]:
+            loss, after = self._loss(number, segment, before)
+            whole = self._scale * loss
+            # the same graph everywhere, whatever is known of `back`: DeepSpeed's ranks meet in the order it is gone through
+            for i, x in enumerate(_flat(after)):
+                g = None if added or not back else back[i]
+                whole = whole + (_full(x) * (0.0 if g is None else g)).sum()
+            return whole, loss.detach(), [BlockState(*(x.detach() for x in block)) for block in after]
+
+        with torch.enable_grad():
+            whole, loss, after = self._passes.forward(work)
+        whole.retain_grad()
+        self._passes.backward(whole)
+        if added:
+            return loss, begin, list(back)
+        if whole.grad is None:
+            raise RuntimeError("the strategy has differentiated another loss than it was given")
+        factor = float(whole.grad)  # by which the strategy has scaled it; a state's gradient may be of half precision
+        return loss, after, [None if x.grad is None else _full(x.grad) / factor for x in _flat(before)]
+
+    def _before(self, number: int, state: State) -> State:
+        return state if number < self._end else of_one_reading(state)
+
+
 class _Found(torch.autograd.Function):
     """A loss whose gradients are there already."""
 
@@ -222,11 +312,6 @@ class _Found(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _in_shards(p: Tensor) -> bool:
-    """Whether a parameter is only a part of what the model computes with: as FSDP, fully_shard and ZeRO-3 mark theirs."""
-    return any(hasattr(p, name) for name in ("ds_id", "_fsdp_flattened", "_local_tensor"))
-
-
 @contextlib.contextmanager
 def _unheard(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Within, hooks of tensors do not hear of their gradients: those here are parts of the one that they will hear of."""
@@ -238,6 +323,11 @@ def _unheard(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for x, held in zip(tensors, hooks, strict=True):
             x._backward_hooks = held
+
+
+def _full(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _flat(state: State) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What Lightning trains: a model, its loss, its optimizer, and the history of both."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +17,8 @@ from rwkv_core.models.state import BlockState, State
 from rwkv_core.training import context, optimizers
 from rwkv_core.training.parallel import ALONE, Ranks, evened, loss_factor
 from rwkv_core.training.schedule import learning_rate
+
+T = TypeVar("T")
 
 History = dict[int, dict[str, float]]
 """Rows by the number of optimizer steps done; the same step measured twice is one row."""
@@ -97,8 +99,11 @@ class Training(pl.LightningModule):
         self.step_learned = self.step_tokens = 0
         """Tokens of the step: learned; read, learned or not."""
         self._lanes = Lanes()
+        self._waiting: tuple[Sequence[Group], float] | None = None
+        """Of a micro-batch whose backward pass is about to begin: what is read in it, and its step's weight."""
         self.trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         """Names of the parameters."""
+        model.shared = config.parallel.shares_parameters
         model.spare(parts=config.context.parts, grad_cp=config.context.grad_cp)
 
     @property
@@ -152,6 +157,9 @@ class Training(pl.LightningModule):
             return torch.stack([p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad]).sum()
         weight = batch.step_weight or 1  # 0, where the step has nothing to learn
         # DeepSpeed adds up the ranks' gradients in the order they are found in, which in a sweep is another: all do, or none
+        if size is not None and self._config.parallel.shares_parameters:
+            self._waiting = groups, weight  # a segment's gradients would be forgotten: Lightning does so behind this
+            return torch.zeros((), device=self.device, requires_grad=True)
         short = len(groups) == 1 and groups[0].inputs.shape[1] <= (size or 0) and not self._in_step_with_others
         if size is None or short:
             loss = self._head_loss(*self._read(groups, self._lanes))
@@ -160,6 +168,24 @@ class Training(pl.LightningModule):
         loss = loss / weight
         self.step_loss += float(loss.detach())
         return loss * self.loss_factor  # the shares add up; Lightning would average them
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Where processes share each parameter, make all passes of the segments here; `loss` has no gradient for any."""
+        if self._waiting is None:
+            return
+        (groups, weight), self._waiting = self._waiting, None
+        size, bptt = self._config.context.segment or 0, self._config.context.bptt
+        # as Lightning divides the loss of a training step
+        scale = self.loss_factor / weight / self._config.accumulate
+        sweep = context.SharedSweep(
+            self.model, self._head_loss, size, bptt, scale=scale, passes=_Passes(self), here=self._here
+        )
+        self._sweep(groups, sweep)
+        self.step_loss += float(sweep.total()) / weight
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """What a strategy takes for a forward pass: the parameters are there, within."""
+        return work()
 
     def _windows(self, groups: tuple[Group, ...], batch_idx: int) -> tuple[Group, ...]:
         """What is read at this step of a growing context; afterwards the groups as they are."""
@@ -173,11 +199,14 @@ class Training(pl.LightningModule):
         if scaler is not None:  # small gradients are lost where they are found, not in the backward that passes them on
             scale *= scaler.get_scale()
         sweep = context.Sweep(self.model, self._head_loss, size, self._config.context.bptt, scale=scale)
+        self._sweep(groups, sweep)
+        return sweep.loss()
+
+    def _sweep(self, groups: Iterable[Group], sweep: context.Sweep) -> None:
         for group in groups:
             before = self._lanes.before(self.model, group)
             before = self.model.initial_state(len(group.inputs)) if before is None else before
             self._lanes.keep(group, sweep.read(group, before))
-        return sweep.loss()
 
     def _head_loss(self, features: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         rows, values = self.model.head.trained_rows()
@@ -255,10 +284,15 @@ class Training(pl.LightningModule):
             return
         for group in groups:
             state = lanes.before(self.model, group)
-            for part in context.segments(group, size):
+            cut: Sequence[Group] = context.segments(group, size)
+            whole = evened(cut, self._here, self.device) if self._config.parallel.shares_parameters else cut
+            for part in cut:
                 x, state = self.model.features(part.inputs, state)
                 yield x.flatten(0, 1), part.targets.flatten()
             lanes.keep(group, state or [])
+            for part in whole[len(cut) :]:
+                x, _ = self.model.features(part.inputs, context.of_one_reading(state or []))
+                yield x.flatten(0, 1), part.targets.flatten()
 
     def sum_ranks(self) -> None:
         """A step is done: let its loss, its tokens and its gradient norm be those of all ranks."""
@@ -302,6 +336,22 @@ class Training(pl.LightningModule):
         self.history = checkpoint["history"]
         if checkpoint["lanes"] is not None:
             self._lanes.state = [BlockState(*(x.to(self.device) for x in block)) for block in checkpoint["lanes"]]
+
+
+class _Passes:
+    """Those of the strategy that trains now."""
+
+    def __init__(self, training: Training) -> None:
+        self._training, self._strategy = training, training.trainer.strategy
+
+    def forward(self, work: Callable[[], T]) -> T:
+        whole: Any = self._strategy.model
+        with self._strategy.precision_plugin.train_step_context():
+            made: T = whole(work)
+        return made
+
+    def backward(self, loss: Tensor) -> None:
+        self._strategy.precision_plugin.backward(loss, self._training, None)
 
 
 def _chosen(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:

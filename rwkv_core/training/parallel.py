@@ -4,8 +4,9 @@ All ranks have the same rows of a step between them, and the loss is one weighte
 averages the gradients of the ranks, and Lightning divides by the micro-batches of a step; `loss_factor` undoes both.
 """
 
+import contextlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,13 @@ from pytorch_lightning.plugins.environments import (  # type: ignore[attr-define
 )
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    StateDictType,
+)
 
 from kernels.head_loss import IGNORE
 from rwkv_core.config import ParallelConfig, TrainConfig
@@ -109,10 +116,10 @@ def ranks(config: ParallelConfig) -> Ranks:
         )
     if config.stage and not torch.cuda.is_available():
         raise InputError(
-            f"train.parallel.strategy = {config.strategy}", "DeepSpeed needs an NVIDIA card", "set ddp or one_device"
+            f"train.parallel.strategy = {config.strategy}",
+            "DeepSpeed needs an NVIDIA card",
+            "set ddp, fsdp or one_device",
         )
-    if config.strategy == "fsdp" and not torch.cuda.is_available():
-        raise InputError("train.parallel.strategy = fsdp", "it needs a card", "set ddp or one_device")
     world = here * config.nodes
     if isinstance(where, LightningEnvironment):
         if config.nodes > 1:
@@ -167,12 +174,6 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             "each process has a share of the parameters, and a text is made by one",
             "set null, or the strategy to ddp",
         )
-    if config.context.segment is not None and config.parallel.shares_parameters:
-        raise InputError(
-            f"train.parallel.strategy = {config.parallel.strategy}",
-            "each process has a share of the parameters, and the segments of train.context.segment need them whole",
-            "set ddp or deepspeed_stage_2, or segment null",
-        )
     if config.parallel.strategy == "fsdp" and config.precision in ("bf16", "fp16"):
         raise InputError(
             f"train.precision = {config.precision}",
@@ -214,9 +215,41 @@ def strategy(config: TrainConfig) -> Strategy | str:
                 bucket_cap_mb=p.bucket_mb,
             )
         case "fsdp":
-            return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="FULL_SHARD")
+            kind = FSDPStrategy if torch.cuda.is_available() else OnCPU
+            return kind(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="FULL_SHARD")
         case _:
             return DeepSpeedStrategy(config=deepspeed_config(config), exclude_frozen_parameters=True)
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning's FSDP without a card: torch is told so, and nothing whole is moved to the CPU, where moving would free it."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=self.root_device, **self.kwargs
+        )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole, on the first rank."""
+        with self._whole() as model:
+            return model.state_dict()
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Whole, on the first rank, as of an optimizer on one device."""
+        plain = getattr(optimizer, "_optimizer", optimizer)  # of Lightning's wrapper
+        with self._whole() as model:
+            state = FullyShardedDataParallel.optim_state_dict(model, plain)
+            if self.global_rank:
+                return state
+            return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, model)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[FullyShardedDataParallel]:
+        model: Any = self.model
+        of_model = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+        of_optimizer = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, of_model, of_optimizer):
+            yield model
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:

@@ -43,6 +43,17 @@ def one_token(model, state):
         return model(torch.tensor([[5]]), state)[0]
 
 
+def test_where_processes_share_parameters_a_token_goes_through_each_block(wide):
+    """There a block's parameters are whole within it alone, and the other processes may read more tokens than one."""
+    model, state = wide
+    model.shared = True
+    one_token(model, state)
+    assert model._whole is None
+    model.shared = False
+    one_token(model, state)
+    assert (model._whole is not None) is build.available("block7")
+
+
 def by_torch(model, state):
     """With gradients wanted, no compiled code is used."""
     return model(torch.tensor([[5]]), state)[0].detach()

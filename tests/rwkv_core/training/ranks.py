@@ -1,8 +1,8 @@
 """Some runs, shared by as many processes as torchrun has started. Started by test_parallel.py: ranks.py FOLDER.
 
 Reads FOLDER/base.pth, FOLDER/data and FOLDER/runs.json; each run leaves <name>.pth and <name>.json. A run may have another
-`base`, and may `stop` at a step, as if signalled, and be started again. With DS_ACCELERATOR=cpu, DeepSpeed and FSDP run
-without a card.
+`base`, and may `stop` at a step, as if signalled, and be started again. With DS_ACCELERATOR=cpu, DeepSpeed runs without a
+card.
 """
 
 import json

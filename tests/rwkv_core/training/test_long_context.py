@@ -13,6 +13,8 @@ from documents import config, documents
 from methods import EXAMPLES, OTHERS, PEFT, SOME
 from pydantic import ValidationError
 from random_models import VERSIONS, make
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from benchmarks import train_step
 from rwkv_core import checkpoint, models
@@ -21,9 +23,11 @@ from rwkv_core.config import FullConfig, PeftConfig, StateConfig
 from rwkv_core.data.rows import rows
 from rwkv_core.data.sampling import Group, MicroBatches
 from rwkv_core.errors import InputError
+from rwkv_core.models.skeleton import Block
 from rwkv_core.models.state import BlockState
 from rwkv_core.training import context
 from rwkv_core.training.module import Training
+from rwkv_core.training.parallel import Ranks
 
 SIZES = [31, 17, 9, 28, 12, 2, 16, 7, 33, 30]
 WEIGHTS = [1.0, 0.5, 2.0, 1.0, 0.0, 3.0, 1.0, 1.0, 0.25, 1.0]
@@ -419,16 +423,21 @@ def one_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    """DDP hears of each parameter once, and sums what both have; it divides by their number."""
+def in_two_processes(work, folder, *given):
+    """What each of them leaves in the folder."""
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=one_rank, args=(rank, tmp_path)) for rank in (0, 1)]
+    processes = [fork.Process(target=work, args=(rank, folder, *given)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    ours = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """DDP hears of each parameter once, and sums what both have; it divides by their number."""
+    ours = in_two_processes(one_rank, tmp_path)
     settings = config("pad", 31, micro_batch=4)
     batch = micro_batches(settings)[0]
     model = adapted("7", LORA)
@@ -437,6 +446,65 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     for name, x in want.items():
         torch.testing.assert_close(2 * ours[0][name], x, **RESULT)
         assert torch.equal(ours[0][name], ours[1][name])
+
+
+class Shared:
+    """A model's passes where processes share its parameters."""
+
+    def __init__(self, module):
+        self.forward = FullyShardedDataParallel(
+            module,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+
+    def backward(self, loss):
+        (3 * loss).backward()  # a strategy may scale it
+
+
+def one_share(rank, folder, adapter, context_):
+    """A micro-batch of a process, one of two: what FSDP leaves as the gradients; and how many segments it has."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    settings = config("pad", 31, micro_batch=2, context=context_)
+    cut = rows(documents(SIZES, masks=MASKS, weights=WEIGHTS), settings, 3, world=2)
+    model = adapted("7", adapter)
+    module = training(model, settings)
+    batch = MicroBatches(cut, 2, 1, 8, rank=rank, world=2)[0]
+    passes, c = Shared(module), settings.context
+    sweep = context.SharedSweep(
+        model, module._head_loss, c.segment, c.bptt, scale=1 / batch.step_weight, passes=passes, here=Ranks(rank, 2)
+    )
+    module._sweep(batch.groups, sweep)
+    with FullyShardedDataParallel.summon_full_params(passes.forward, with_grads=True, writeback=False):
+        named = ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in model.named_parameters())
+        found = {name: p.grad.clone() for name, p in named if p.requires_grad}
+    (group,) = batch.groups
+    told = sweep.total().item() / batch.step_weight, len(context.segments(group, c.segment))
+    torch.save((found, told), folder / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "context_"),
+    [(FULL, {"segment": 4}), (LORA, {"segment": 4, "bptt": 3}), (LORA, {"segment": 5, "grad_cp": True, "parts": 2})],
+)
+def test_two_processes_with_a_share_each_have_the_gradient_of_one(adapter, context_, tmp_path):
+    """Of every parameter, where one of them has half as many segments as the other."""
+    ours = in_two_processes(one_share, tmp_path, adapter, context_)
+    gradients_, told = zip(*ours, strict=True)
+    assert len({count for _, count in told}) == 2
+    cut = context_ if "bptt" in context_ else {}
+    settings = config("pad", 31, micro_batch=4, context=cut)
+    batch = micro_batches(settings)[0]
+    model = adapted("7", adapter)
+    loss = training(model, settings).training_step(batch, 0)
+    assert sum(loss for loss, _ in told) == pytest.approx(loss.item(), rel=1e-6)
+    want = gradients(model, loss)
+    for found in gradients_:
+        assert found.keys() == want.keys()
+        for name, x in want.items():
+            torch.testing.assert_close(found[name] * 2 / 3, x, **RESULT)
 
 
 def peak(tokens, **given):
@@ -475,16 +543,6 @@ def test_a_border_keeps_no_more_than_its_state(version):
     for x, y in zip(*([x for block in s for x in block] for s in (state, context._detached(state))), strict=True):
         assert torch.equal(x, y)
         assert y.untyped_storage().nbytes() == y.nbytes
-
-
-@pytest.mark.parametrize(("name", "value"), [("ds_id", 3), ("_fsdp_flattened", True)])
-def test_parameters_in_shards_are_refused(name, value):
-    """DeepSpeed's stage 3 and FSDP mark them so: what autograd would find for them is nothing."""
-    settings = config("pad", 31, micro_batch=2, context={"segment": 4})
-    model = adapted("7", LORA)
-    setattr(model.blocks[1].att.value.lora_A, name, value)
-    with pytest.raises(InputError, match="a segment's gradients are of whole parameters"):
-        training(model, settings).training_step(micro_batches(settings)[0], 0)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,8 @@
-"""DeepSpeed and FSDP on processes without cards: Lightning asks for cards, what the two do with tensors does not."""
+"""DeepSpeed on processes without cards: Lightning asks for cards, what it does with tensors does not."""
 
 import deepspeed
 import torch
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, fsdp
-from torch.distributed.fsdp import (
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    StateDictType,
-)
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
 from rwkv_core.training import parallel
 
@@ -34,35 +28,14 @@ class DeepSpeed(DeepSpeedStrategy):
         return torch.device("cpu", self.local_rank)
 
 
-class FSDP(FSDPStrategy):
-    """As Lightning has it, on a device that has no number."""
-
-    def _setup_model(self, model):
-        return FullyShardedDataParallel(
-            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
-        )
-
-
-def _whole(module, world_size, rank0_only=True):
-    """Lightning's, without the copy to the CPU: it frees what is there already."""
-    return FullyShardedDataParallel.state_dict_type(
-        module,
-        StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
-        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
-    )
-
-
 def allow():
-    """Let `parallel.strategy` give these."""
-    fsdp._get_full_state_dict_context = _whole
+    """Let `parallel.strategy` give this."""
     given = parallel.strategy
 
     def strategy(config):
         made = given(config)
-        for kind in (DeepSpeed, FSDP):
-            if isinstance(made, kind.__base__):
-                made.__class__ = kind
+        if isinstance(made, DeepSpeedStrategy):
+            made.__class__ = DeepSpeed
         return made
 
     parallel.strategy = strategy
