@@ -104,11 +104,14 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_kept_adapters_are_merged_by_hand_and_the_best_is_the_result(fresh):
     kept = {"every": None, "every_epochs": 0.5, "keep_last": None, "keep_best": 1, "result": "best"}
-    # so fast that it gets worse again
     fresh.set(train__saves=kept, train__validate_every=2, train__optimizer__lr=0.9, train__optimizer__lr_final=0.9)
     fresh.set(train__optimizer__schedule="constant")
-    said = fresh.stage("train").stdout
-    saves, metrics = fresh.root / "outputs/train/saves", fresh.json("outputs/train/metrics.json")
+    for seed in range(10):  # so fast that it gets worse again, by some seeds: by which, a processor's rounding decides
+        fresh.set(seed=seed)
+        said = fresh.stage("train").stdout
+        saves, metrics = fresh.root / "outputs/train/saves", fresh.json("outputs/train/metrics.json")
+        if metrics["result_step"] < metrics["steps"]:
+            break
     table = [line.split(",") for line in (saves / "saves.csv").read_text().splitlines()[1:]]
     assert [float(line[2]) for line in table if line[1] != str(metrics["result_step"])][-1] == 1.0
     measured = {int(line.split(",")[0]): float(line.split(",")[1])
