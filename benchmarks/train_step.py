@@ -59,7 +59,7 @@ def make(dtype: torch.dtype) -> RWKV:
 
 
 _LARGE = 1 << 25
-"""Bytes from which on new memory costs more than to copy what is in it."""
+"""Bytes from which on new memory costs more than to copy what was made elsewhere."""
 
 
 class Floor:

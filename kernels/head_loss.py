@@ -25,7 +25,7 @@ from kernels import build
 from kernels.choice import Form, Op, choose
 from kernels.linear import slow_in
 from kernels.operator import operator
-from kernels.products import faster, product, put
+from kernels.products import product, put
 
 IGNORE = -100
 """Target of a position that is not learned."""
@@ -206,8 +206,7 @@ def _forward(
         at = slice(start, start + block) if len(learned) == len(targets) else learned[start : start + block]
         h = hidden[at].to(dtype)
         z, found = logits[: len(h)], nll.new_empty(len(h))
-        # what `put` has to copy is still in the cache if it is a part
-        for part, w in _parts(weight, dtype, whole=not faster(h, weight, h.numel() * len(weight))):
+        for part, w in _parts(weight, dtype):
             put(z[:, part], h, w.mT)
         aims, each = targets[at].contiguous(), None if counts is None else counts[at].contiguous()
         _fused(form)(z, aims, each, l2_wrap, found, wants_hidden or wants_weight)
@@ -337,11 +336,9 @@ def _slices(weight: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, len(weight), step))
 
 
-def _parts(weight: Tensor, dtype: torch.dtype, *, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
-    """The weight's rows in another dtype, some at a time, lest all of it stands in memory twice; in its own all at once, if
-    that is better.
-    """
-    if weight.dtype is dtype and whole:
+def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight's rows in another dtype, some at a time, lest all of it stands in memory twice; in its own, all at once."""
+    if weight.dtype is dtype:
         yield slice(None), weight
         return
     for part in _slices(weight):

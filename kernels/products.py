@@ -21,6 +21,9 @@ from kernels.operator import PLAIN
 SMALL = 1 << 20
 """Multiplications of a product from which on it is worth the longer call: both take some 15 us for as many."""
 
+_AT_ONCE = 1 << 20
+"""Values of a result that has to go elsewhere: 4 MB."""
+
 
 def product(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     """The product alpha x y, without a gradient of its own: (M, K), (K, N) -> (M, N), in one dtype, in any strides."""
@@ -35,10 +38,17 @@ def put(out: Tensor, x: Tensor, y: Tensor, *, beta: float = 0.0, alpha: float = 
     """Let `out`, (M, N), be beta out + alpha x y; as `product` otherwise. What it was is not read where beta is 0."""
     if not faster(x, y, x.shape[0] * y.numel()):
         torch.addmm(out, x, y, beta=beta, alpha=alpha, out=out)
-    elif beta:
-        (out if beta == 1 else out.mul_(beta)).add_(_fast(x, y.mT, None), alpha=alpha)
-    else:
-        out.copy_(product(x, y, alpha))
+        return
+    tall = len(x) > y.shape[1]
+    step = max(_AT_ONCE // min(out.shape), 64)
+    for first in range(0, max(out.shape), step):  # what is added or copied is still in the cache
+        at = slice(first, first + step)
+        part, given = (out[at], (x[at], y.mT)) if tall else (out[:, at], (x, y[:, at].mT))
+        more = _fast(*given, None)
+        if beta:
+            (part if beta == 1 else part.mul_(beta)).add_(more, alpha=alpha)
+        else:
+            part.copy_(more if alpha == 1 else more.mul_(alpha))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
