@@ -11,6 +11,7 @@ needed = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
     reason="this torch has no oneDNN",
 )
+EACH_OF_THREE = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 SHAPES = [(1, 1, 1), (5, 3, 7), (16, 64, 33), (65, 17, 128), (130, 257, 96)]
 
 
@@ -80,18 +81,14 @@ def test_put(beta, alpha, rows, columns, asked, monkeypatch):
 
 
 @needed
-@pytest.mark.parametrize(
-    "trained", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
-)
-@pytest.mark.parametrize("biased", [True, False])
-def test_linear_and_every_gradient(trained, biased, asked):
-    given = [draw(3, 5, 12), draw(20, 12, seed=1), draw(20, seed=2)][: 3 if biased else 2]
-    if not any(trained[: len(given)]):
-        pytest.skip("nothing to differentiate")
+@pytest.mark.parametrize("trained", [*EACH_OF_THREE, (True, True), (True, False), (False, True)])
+def test_linear_and_every_gradient(trained, asked):
+    """Of x, weight and, in triples, bias."""
+    given = [draw(3, 5, 12), draw(20, 12, seed=1), draw(20, seed=2)][: len(trained)]
     dy = draw(3, 5, 20, seed=3)
 
     def all_of(call, dtype):
-        xs = [x.to(dtype).clone().requires_grad_(wants) for x, wants in zip(given, trained, strict=False)]
+        xs = [x.to(dtype).clone().requires_grad_(wants) for x, wants in zip(given, trained, strict=True)]
         y = call(*xs)
         return [y, *torch.autograd.grad(y, [x for x in xs if x.requires_grad], dy.to(dtype))]
 
