@@ -438,7 +438,7 @@ def ask_to_stop(dvc: int, asked: set[int], *, begun: bool) -> None:
 
     Args:
         dvc: id of the dvc process.
-        asked: ids of the processes that were asked, which are not asked twice; this call adds to it.
+        asked: ids of the processes that were asked, and of those above them: none is asked again. This call adds to it.
         begun: dvc has started the stage's command. Before that there is nothing to save, and dvc itself is ended.
     """
     with suppress(psutil.NoSuchProcess):
@@ -449,7 +449,8 @@ def ask_to_stop(dvc: int, asked: set[int], *, begun: bool) -> None:
         heads = [process for process in stages if process.ppid() not in ours]
         for process in (heads or parent.children()) if begun else [parent]:
             if process.pid not in asked:
-                asked.add(process.pid)
+                # a shell between dvc and the stage lives a moment longer: it is to end with the stage's exit code
+                asked.update(one.pid for one in (process, *process.parents()))
                 process.terminate()
 
 

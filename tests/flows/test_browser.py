@@ -72,12 +72,21 @@ def fill(page: Any, form: str, name: str, **fields: str) -> None:
     page.locator("textarea").last.fill("train")
 
 
-def submit(page: Any) -> str:
-    """The id of the run."""
-    page.get_by_role("button", name="Submit").click()
-    page.get_by_role("button", name="View run").click()
-    page.wait_for_url("**/runs/flow-run/**")
-    return urllib.parse.urlsplit(page.url).path.rpartition("/")[2]
+def submit(page: Any, prefect: str, name: str) -> str:
+    """The id of the run of this name, whose page is opened. The form's own link to it is there for seconds alone."""
+
+    def runs() -> list[Any]:
+        found: list[Any] = call(f"{prefect}/api/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
+        return found
+
+    for last in (False, False, True):  # as a person would: a click may come before the page listens
+        page.get_by_role("button", name="Submit").click()
+        with suppress(*() if last else (AssertionError,)):
+            wait_until(runs, PATIENCE / 10_000)
+            break
+    (run,) = runs()
+    page.goto(f"{prefect}/v2/runs/flow-run/{run['id']}")
+    return str(run["id"])
 
 
 def trained(mlflow: str) -> list[dict[str, Any]]:
@@ -115,7 +124,7 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
 
         fill(page, form, "Long Context", Context_length="48", rank="3")
         whole(page, pictures / "form-filled.png")
-        first = submit(page)
+        first = submit(page, prefect, "Long Context")
         wait_until(lambda: call(f"{api}/flow_runs/{first}")["state"]["type"] not in UNDER_WAY, PATIENCE / 1000)
         state = call(f"{api}/flow_runs/{first}")["state"]
         assert "kept as DVC experiment long-context-" in state["message"]
@@ -132,7 +141,7 @@ def test_a_training_is_started_watched_cancelled_and_compared(project: Project, 
         page.screenshot(path=pictures / "curve.png")
 
         fill(page, form, "to be cancelled", Epochs="5000")
-        second = submit(page)
+        second = submit(page, prefect, "to be cancelled")
         wait_until(lambda: len(trained(mlflow)) == 2, 240)
         page.get_by_role("button", name="Open menu").click()
         page.get_by_role("menuitem", name="Cancel").click()

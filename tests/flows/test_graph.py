@@ -147,6 +147,26 @@ def test_another_dvc_is_waited_for(repository: Path, monkeypatch: pytest.MonkeyP
     assert outcome == [Outcome.EXECUTED]
 
 
+def test_the_shell_around_a_stopped_stage_ends_with_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tasks").mkdir()
+    Path("tasks/__init__.py").touch()
+    stage = (
+        "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(138))\nopen('begun', 'w')\ntime.sleep(600)\n"
+    )
+    Path("tasks/stage.py").write_text(stage)
+    shell = f"{sys.executable} -m tasks.stage; code=$?; touch ended; while [ ! -e go ]; do sleep 0.1; done; exit $code"
+    runs = f"import subprocess, sys; sys.exit(subprocess.call({shell!r}, shell=True))"  # as dvc runs a command
+    dvc = subprocess.Popen([sys.executable, "-c", runs])
+    wait_until(Path("begun").exists)
+    asked = set[int]()
+    graph.ask_to_stop(dvc.pid, asked, begun=True)
+    wait_until(Path("ended").exists)
+    graph.ask_to_stop(dvc.pid, asked, begun=True)
+    Path("go").touch()
+    assert dvc.wait(30) == 138
+
+
 def test_what_killed_dvcs_have_left_is_taken_away(repository: Path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
