@@ -2,7 +2,9 @@
 
 python -m benchmarks.adapters [--rank N] [--quantize FORM] [--threads N] [--rounds N] [--steps T] [--out FILE]
 
-All take turns. Beside the time: what is trained, and what the forward keeps for the backward.
+Each takes turns with the frozen model alone: a program trains by one method, and what others leave in caches and in the heap
+is not its own. The frozen model by itself says how far turns differ. Beside the time: what is trained, and what the forward
+keeps for the backward.
 """
 
 import time
@@ -33,7 +35,6 @@ def methods(rank: int) -> dict[str, Any]:
     }
     found = {kind: SimpleNamespace(kind=kind, **beside, **more.get(kind, {})) for kind in METHODS}
     return {
-        "frozen": FROZEN,
         **found,
         "lora": lora(rank),
         "lora, dora": lora(rank, dora=True),
@@ -55,25 +56,26 @@ def make(config: Any, steps: int, form: Form = "none") -> Step:
 
 def measure(rank: int, rounds: int, steps: int, form: Form) -> str:
     """The table; the frozen model that all are compared with is never packed."""
-    runs = {kind: make(config, steps) for kind, config in methods(rank).items()}
+    chosen: dict[str, tuple[Any, Form]] = {kind: (config, "none") for kind, config in methods(rank).items()}
     if form != "none":
-        runs = {"frozen": runs["frozen"]} | {
-            f"{kind}, {form}": make(config, steps, form) for kind, config in methods(rank).items() if kind != "full"
-        }
-    took: dict[str, list[float]] = {kind: [] for kind in runs}
-    for _ in range(rounds + 2):
-        for kind, step in runs.items():
-            took[kind].append(seconds(step.gradients, time.perf_counter))
-    t = {kind: median(times[2:]) for kind, times in took.items()}
+        chosen = {f"{kind}, {form}": (config, form) for kind, (config, _) in chosen.items() if kind != "full"}
+    frozen = make(FROZEN, steps)
     lines = [
         f"B1 T{steps} L{LAYERS} C{CHANNELS} V{VOCABULARY}, rank {rank} beside {', '.join(TARGETS)}; float32.",
         "",
-        "| | trained | forward, loss and backward, ms | / frozen | kept for the backward, values of C |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | trained | forward, loss and backward, ms | frozen, ms | ratio | kept for the backward, values of C |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for kind, step in runs.items():
+    for kind, (config, packed) in {"frozen": (FROZEN, "none"), **chosen}.items():
+        step = make(config, steps, packed)
+        took: list[tuple[float, float]] = []
+        for _ in range(rounds + 2):
+            took.append((seconds(frozen.gradients, time.perf_counter), seconds(step.gradients, time.perf_counter)))
+        base, own = (median(times) for times in zip(*took[2:], strict=True))
         count = sum(p.numel() for p in step.trained)
-        lines.append(f"| {kind} | {count} | {t[kind] * 1e3:.0f} | {t[kind] / t['frozen']:.2f} | {units(step, 4):.2f} |")
+        lines.append(
+            f"| {kind} | {count} | {own * 1e3:.0f} | {base * 1e3:.0f} | {own / base:.2f} | {units(step, 4):.2f} |"
+        )
     return "\n".join(lines)
 
 

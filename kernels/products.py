@@ -97,6 +97,8 @@ def _on_this_processor() -> bool:
 
 def _fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()  # for a part of its columns oneDNN has but a reference, hundreds of times slower
     return multiply(x, weight, bias, "none", [], "")
 
 

@@ -145,3 +145,20 @@ def test_small_products_are_torchs(asked, monkeypatch):
     monkeypatch.setattr(products, "SMALL", 4 * 5 * 6 + 1)
     product(draw(4, 5), draw(5, 6))
     assert not asked
+
+
+@needed
+@pytest.mark.parametrize("kind", ["as it is", "transposed", "a part"])
+def test_no_product_is_left_to_the_reference_of_onednn(kind, monkeypatch, capfd):
+    monkeypatch.setattr(products, "_AT_ONCE", 16 * 64)
+    x, y = strided(draw(64, 32), kind), strided(draw(32, 160, seed=1), kind)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        product(x, y)
+        product(y.mT, x.mT)
+        put(torch.empty(64, 160), x, y)  # parts of the columns
+        put(torch.empty(160, 64), y.mT, x.mT)  # of the rows
+        put(torch.empty(16, 160), x[:16], y, beta=0.0, alpha=2.0)
+        linear(x, y.mT)
+    said = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert len(said) >= 6
+    assert not [line for line in said if ",ref" in line]
