@@ -37,6 +37,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bat": {"kind": "bat", "rank": 64, **MATRICES},
     "state": {"kind": "state", "state": "wkv", "layers": "all", "also": [], "load": None},
     "full": {"kind": "full", "layers": "all", "also": ["*"], "state": "none", "load": None},
+    **{
+        f"peft {config['peft_type']}": {"kind": "peft", "config": config, **MATRICES}
+        for config in (
+            {"peft_type": "LORA", "r": 32, "lora_alpha": 32}, {"peft_type": "LOHA", "r": 16}, {"peft_type": "IA3"},
+            {"peft_type": "OFT", "oft_block_size": 32}, {"peft_type": "FOURIERFT", "n_frequency": 1000},
+        )
+    },
 }  # fmt: skip
 
 
@@ -52,6 +59,9 @@ CASES = [
     *(case(version, "state", rows="pad") for version in "567"),
     case("7", "dora"),
     case("7", "pissa", micro_batch=2),
+    *(case("7", name) for name in ADAPTERS if name.startswith("peft ")),
+    case("7", "peft LORA", precision="bf16"),
+    case("6", "peft LORA", quantize="nf4", micro_batch=2),
     case("6", "bat", micro_batch=2),
     case("7", "lora", micro_batch=1),
     case("7", "lora", micro_batch=2, accumulate=2),
@@ -127,7 +137,7 @@ def child(folder: Path, text: str) -> None:
     documents, held_out = Documents(folder / "train"), Documents(folder / "valid")
     began = time.perf_counter()
     settings = plan.Settings(model_config, adapter, train, row=plan.longest(documents, train))
-    found = plan.predict(plan.base_in(model_config.base), settings, plan.here())
+    found = plan.predict(plan.base_in(model_config.base), settings, plan.here(adapter))
     took = time.perf_counter() - began
     model = models.load(
         model_config.base, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, **model_config.how()

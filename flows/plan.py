@@ -41,7 +41,7 @@ def show(gpu_memory: str | None, shape: str | None, *, as_json: bool, solve: boo
     given = params.load()
     importlib.import_module("tasks.train")  # as training would: what that takes is in this process's memory
     tracking.load_libraries()
-    room = plan.here(size(gpu_memory) if gpu_memory else None)
+    room = plan.here(given.adapter, size(gpu_memory) if gpu_memory else None)
     base = plan.base_named(shape) if shape else plan.base_in(given.model.base, given.model.head_size_divisor)
     settings, reads = plan.Settings(given.model, given.adapter, given.train, given.seed), None
     shared = given.train.parallel

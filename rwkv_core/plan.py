@@ -20,8 +20,9 @@ from kernels.head_loss import scratch
 from rwkv_core import checkpoint, memory, models
 from rwkv_core.adapters import attach
 from rwkv_core.adapters.lora import LoraLinear
+from rwkv_core.adapters.peft import PeftLinear, load_library
 from rwkv_core.adapters.pissa import PissaLinear
-from rwkv_core.config import AdapterConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from rwkv_core.config import AdapterConfig, LoraConfig, ModelConfig, OptimizerConfig, PeftConfig, TrainConfig
 from rwkv_core.data.binidx import Documents
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.footprint import Gpu, Heap, loss, peak, record, with_memory, without_memory
@@ -103,10 +104,12 @@ class Room:
     """Bytes of a CPU's memory that the process has taken before it loads anything; 0 on a GPU."""
 
 
-def here(given: int | None = None) -> Room:
+def here(adapter: AdapterConfig, given: int | None = None) -> Room:
     """The memory that training on this machine would have; or a card of `given` bytes."""
     if given is not None:
         return Room("cuda", given, 0)
+    if adapter.kind == "peft":
+        load_library()
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return Room("cuda", min(total, free + torch.cuda.memory_reserved()), 0)
@@ -197,7 +200,10 @@ def predict(base: Base, settings: Settings, room: Room) -> Plan:
     except Problem:
         raise
     except Exception as error:  # other libraries do in Python what they like, and no run should fail by its plan
-        what = f"adapter.kind = {settings.adapter.kind}"
+        adapter = settings.adapter
+        what = f"adapter.kind = {adapter.kind}"
+        if isinstance(adapter, PeftConfig):
+            what = f"adapter.config.peft_type = {adapter.config['peft_type']}"
         raise Unplanned(what, "has no plan of its memory", "train, and see peak_memory_mb") from error
 
 
@@ -215,6 +221,7 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         state = sum(x.numel() for part in model.initial_state(1) for x in part)
         trained = [p for p in model.parameters() if p.requires_grad]
         held = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - sum(p.nbytes for p in trained)
+        held += sum(x.nbytes for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside)
         moments = _moments(model, train.optimizer)
     space = Heap() if room.kind == "cpu" else Gpu()
     space.allocate(logits)

@@ -74,7 +74,7 @@ def train() -> None:
             plan.longest(Documents(stage.DATA / "train"), params.train),
             here.world,
         ),
-        plan.here(),
+        plan.here(params.adapter),
     )
     # an adapter leaves the base as it is, so bf16 training can hold it in bf16; the adapter itself is float32
     dtype = torch.bfloat16 if params.train.precision == "bf16" else torch.float32

@@ -6,7 +6,11 @@ merge needs no model. Hence what a method shares between matrices, or learns fro
 """
 
 import contextlib
+import copy
+import functools
+import importlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from rwkv_core.adapters.linear import AdaptedLinear, autocast, fitting, wide
 from rwkv_core.errors import InputError, WorldError
@@ -73,9 +78,11 @@ class PeftLinear(AdaptedLinear):
             WorldError: the library is missing.
         """
         super().__init__(base, config, generator)
-        seed = int(torch.randint(2**62, (), generator=generator))
+        with unset_fake_temporarily():  # a number, also where a plan makes tensors without values
+            seed = int(torch.randint(2**62, (), generator=generator))
         packed: Any = self.weight if isinstance(self.weight, Packed) else None
-        layer = _layer(self.weight.detach() if packed is None else packed.unpacked(), config.config, seed)
+        weight = self.weight.detach() if packed is None else packed.unpacked()
+        layer = (_planned if isinstance(weight, FakeTensor) else _layer)(weight, config.config, seed)
         layer.base_layer = base  # of the same weight: the model's own way to multiply by it
         if packed is not None:
             _check_products_alone(layer, base.in_features, config)
@@ -107,6 +114,11 @@ class PeftLinear(AdaptedLinear):
         self._layer[0]._apply(fn)
         return self
 
+    @property
+    def beside(self) -> list[Tensor]:
+        """What is neither trained nor saved, and no buffer of the model: where in the matrix something is, and the like."""
+        return _beside(self._layer[0])
+
     @staticmethod
     def merged(weight: Tensor, parts: Mapping[str, Tensor], config: "PeftConfig") -> Tensor:
         """See `AdaptedLinear.merged`."""
@@ -133,6 +145,13 @@ def _check_products_alone(layer: Any, inputs: int, config: "PeftConfig") -> None
             f"it reads the matrix itself, which model.quantize packs ({error})",
             "set model.quantize: none, or take another method",
         ) from None
+
+
+def load_library() -> None:
+    """Import it, if it is there: who asks afterwards how much memory this process has taken is told of that too."""
+    if importlib.util.find_spec("peft") is not None:
+        with quiet_bitsandbytes():
+            importlib.import_module("peft")
 
 
 def part_name(key: str) -> str:
@@ -199,9 +218,9 @@ def _layer(weight: Tensor, values: Mapping[str, Any], seed: int) -> Any:
     config = _config(values)
     from peft import inject_adapter_in_model
 
-    copy = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    copy.weight = nn.Parameter(weight.to(wide(weight), copy=True), requires_grad=False)
-    model = nn.ModuleDict({"matrix": copy})
+    matrix = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    matrix.weight = nn.Parameter(weight.to(wide(weight), copy=True), requires_grad=False)
+    model = nn.ModuleDict({"matrix": matrix})
     devices = [weight.device] if weight.is_cuda else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=devices), _same_environment():
         warnings.simplefilter("ignore")  # of models in general: that this one has no config, or is of no known family
@@ -211,11 +230,42 @@ def _layer(weight: Tensor, values: Mapping[str, Any], seed: int) -> Any:
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
             raise ValueError(f"peft refuses a matrix of {tuple(weight.shape)}: {error}") from None
     layer: Any = model["matrix"]
-    if not torch.equal(copy.weight, weight.to(copy.weight.dtype)):
+    if not torch.equal(matrix.weight, weight.to(matrix.weight.dtype)):
         raise ValueError(
             "its initial values change the matrix itself, which its file does not tell; take others, or kind pissa"
         )
     return layer
+
+
+def _planned(weight: Tensor, values: Mapping[str, Any], seed: int) -> Any:
+    """The same for a matrix without memory, see `rwkv_core.footprint`: what stands beside it has none either."""
+    pattern = _pattern(tuple(weight.shape), weight.dtype, json.dumps(values), seed=0)
+    instead: dict[int, Any] = {}
+    for x in (*_parts(pattern).values(), *_beside(pattern)):
+        empty = torch.empty_like(x)
+        instead[id(x)] = nn.Parameter(empty, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else empty
+    return copy.deepcopy(pattern, instead)
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(shape: tuple[int, int], dtype: torch.dtype, values: str, *, seed: int) -> Any:
+    """A layer as those of all matrices of a shape are, but for the values: the library looks at some when it makes one."""
+    with unset_fake_temporarily():
+        layer = _layer(torch.zeros(shape, dtype=dtype), json.loads(values), seed)
+    layer.base_layer = nn.Module()  # what is kept is small
+    drops = [getattr(layer, name, {}).get(_NAME, 0.0) for name in ("module_dropout", "rank_dropout")]
+    if hasattr(layer, "module_dropout") and not any(drops):
+        layer.eval()  # it does the same, without a draw that says whether it does anything
+    return layer
+
+
+def _beside(layer: Any) -> list[Tensor]:
+    """All that a layer holds but for the matrix and its parts."""
+    known = {id(x) for x in _parts(layer).values()}
+    matrix = set(layer.base_layer.modules())
+    held = [x for module in layer.modules() if module not in matrix for x in vars(module).values()]
+    values = [y for x in held for y in (x.values() if type(x) is dict else [x])]
+    return [x for x in values if isinstance(x, Tensor) and id(x) not in known]
 
 
 @contextlib.contextmanager

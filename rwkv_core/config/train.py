@@ -431,10 +431,9 @@ class TrainConfig(Config):
 
     @property
     def goes_back(self) -> bool:
-        """Whether anything can make the run go back to a checkpoint; with shares of what is trained it stops instead."""
+        """Whether anything can make the run go back to a checkpoint."""
         g = self.guards
-        asked = g.out_of_memory == "replan" or "quarantine" in (g.not_finite, g.spike, g.blow_up)
-        return asked and self.parallel.strategy in ("one_device", "ddp")
+        return g.out_of_memory == "replan" or "quarantine" in (g.not_finite, g.spike, g.blow_up)
 
     def check_rows(self, after_state: bool) -> None:
         """Refuse rows that no tuned state could stand before.

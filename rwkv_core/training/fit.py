@@ -201,7 +201,11 @@ def _attempt(
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*|.*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*|.*isinstance.treespec.*")
             warnings.filterwarnings("ignore", ".*lr_scheduler.step.*before `optimizer.step.*")  # fp16's first overflows
-            trainer.fit(training, loader, ckpt_path=last if done else None, weights_only=True if done else None)
+            try:
+                trainer.fit(training, loader, ckpt_path=last if done else None, weights_only=True if done else None)
+            except Again:
+                parallel.take_back(trainer, training, config)
+                raise
     steps, measurements = max(training.history["train"]), training.history["valid"]
     step = plan.result(steps, measurements)
     halted = not is_over(training.history, steps, batches.steps, config.stop_early)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from rwkv_core.adapters.linear import AdaptedLinear
 from rwkv_core.config import TrainConfig
-from rwkv_core.data.sampling import MicroBatches
+from rwkv_core.data.sampling import Batch, MicroBatches
 from rwkv_core.errors import WorldError
 from rwkv_core.files import whole_file
-from rwkv_core.models.state import State
-from rwkv_core.training import reproduce
+from rwkv_core.models.state import BlockState, State
+from rwkv_core.training import parallel, reproduce
 from rwkv_core.training.callbacks import StepCallback
 from rwkv_core.training.module import Training
 from rwkv_core.training.parallel import ALONE, Ranks
@@ -39,6 +39,9 @@ What = Literal["not_finite", "spike", "blow_up", "dead_adapter", "out_of_memory"
 Action = Literal["warned", "quarantined", "went back", "replanned", "stopped"]
 _SOME = 1024
 """Values of a tensor that are looked at before all of them are."""
+
+_NOTHING = Batch((), 0, 0, 0)
+"""Read while another rank reads its micro-batch, where they meet in a pass."""
 
 _BACK = ("quarantined", "went back", "replanned")
 
@@ -144,9 +147,7 @@ class Guards(StepCallback):
         """Judge the step by those before it: what is found is a function of the history, and the same after a kill."""
         training.sum_ranks()
         loss, norm, g = training.step_loss, training.grad_norm, self._guards
-        # where losses are scaled for half precision, a gradient beyond its range is no fault: that step is passed over
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+        if not self._finite(loss, norm):
             before = training.history["train"].get(step - 1)
             if before is None or math.isfinite(before["loss"] + before["grad_norm"]):
                 self._answer(trainer, step, "not_finite", g.not_finite, {"loss": loss, "grad_norm": norm})
@@ -160,7 +161,7 @@ class Guards(StepCallback):
                 if x.what == "dead_adapter" and x.step < step
                 for name in x.values["matrices"]
             }
-            dead = [name for name in dead_adapters(training) if name not in told]
+            dead = [name for name in dead_adapters(training, self._here) if name not in told]
             if dead:
                 self._answer(trainer, step, "dead_adapter", g.dead_adapter, {"matrices": dead})
         if "ignore" == g.spike == g.blow_up:
@@ -193,13 +194,19 @@ class Guards(StepCallback):
                 f"{self._spent()}",
             ) from error
         values |= {"micro_batch": part, "accumulate": config.accumulate * config.micro_batch // part}
-        self._note(Incident(step, "out_of_memory", "replanned", values), first=self._here.world > 1)
-        if self._here.world > 1:  # the others wait for this one's part of a sum, and can't be called back
+        # the others wait for this one's part of a sum, and can't be called back; and a share is whole between two steps alone
+        stops = self._here.world > 1 or config.parallel.shares
+        self._note(Incident(step, "out_of_memory", "replanned", values), first=stops)
+        if stops:
             raise WorldError(
                 f"step {step}: {values['error']}",
                 f"micro-batches of {config.micro_batch} rows need more memory than one of the processes has",
                 f"run again: the run continues with micro-batches of {part}",
             ) from error
+
+    def _finite(self, loss: float, norm: float) -> bool:
+        """Whether they are no fault: a gradient that was scaled beyond the range of fp16 is none, that step is passed over."""
+        return math.isfinite(loss) and (self._given.precision == "fp16" or math.isfinite(norm))
 
     def _is_last(self, step: int) -> bool:
         return self._batches is not None and step == self._batches.steps
@@ -256,22 +263,26 @@ class Guards(StepCallback):
         batches = self._batches
         if batches is None:
             raise RuntimeError("there are no micro-batches; call begin() first")
-        if not all(bool(p.isfinite().all()) for p in training.parameters() if p.requires_grad):
+        gathered = parallel.gathered(trainer, self.config, training.told)
+        if self._here.most(not all(bool(x.isfinite().all()) for x in gathered.values()), training.device):
             self._stop(suspect.step, suspect.what, suspect.values | {"trained": "not finite before the step"})
         mine: list[_Alone] = []
         lanes: dict[int, State | None] = {}
-        for number in range(first, min(first + self.config.accumulate, len(batches))):
-            batch = move_data_to_device(batches[number], training.device)
-            lanes[number] = training.lanes_now()
-            with trainer.precision_plugin.train_step_context():
-                found = reproduce.measure(training, batch, number)
-            mine.append(_Alone(found, self._here.rank, number, batches.rows_of(number)))
+        for number in self._numbers(first, training.device):
+            for rank in range(self._here.world) if self._given.parallel.shares else [self._here.rank]:
+                is_mine = rank == self._here.rank and number < len(batches)
+                batch = move_data_to_device(batches[number], training.device) if is_mine else _NOTHING
+                before = _on_cpu(training.lanes_now())
+                found = reproduce.measure(training, batch, number, trainer)
+                if is_mine:
+                    mine.append(_Alone(found, rank, number, batches.rows_of(number)))
+                    lanes[number] = before
         if mine:
             training.set_lanes(lanes[first])
         alone = [x for of_rank in self._here.all(mine) for x in of_rank]
         guilty = []
         if suspect.what == "not_finite":
-            guilty = [x for x in alone if not math.isfinite(x.found.loss) or not math.isfinite(x.found.grad_norm)]
+            guilty = [x for x in alone if not self._finite(x.found.loss, x.found.grad_norm)]
         elif suspect.what == "spike":
             recent = self._recent(training, suspect.step)["loss"]
             if robust_z(sum(x.found.loss for x in alone), recent) > self._guards.spike_z:
@@ -280,16 +291,21 @@ class Guards(StepCallback):
             guilty = [max(alone, key=lambda x: x.found.grad_norm)]
         if not guilty:  # as of a device that failed once
             self._note(suspect)
+            if self._given.parallel.shares:  # whoever keeps the shares has taken these for a step
+                raise Again
             return
         kept = [f"{QUARANTINE}/{suspect.step}-{x.number * self._here.world + x.rank}" for x in guilty]
-        for x, name in zip(guilty, kept, strict=True):
-            if x.rank != self._here.rank:
+        # in the order of `guilty`, which is that of the ranks: the first writes, for it has what is trained
+        read = self._here.all([(batches[x.number], lanes[x.number]) for x in guilty if x.rank == self._here.rank])
+        trained = {name.removeprefix("model."): x for name, x in gathered.items()}
+        for x, name, (batch, before) in zip(guilty, kept, [one for of_rank in read for one in of_rank], strict=True):
+            if self._here.rank:
                 continue
             reproduce.keep(
                 self._folder / name,
-                training,
-                batches[x.number],
-                lanes[x.number],
+                trained,
+                batch,
+                before,
                 x.found,
                 settings={
                     "step": suspect.step,
@@ -307,14 +323,20 @@ class Guards(StepCallback):
         self._note(Incident(suspect.step, suspect.what, "quarantined", suspect.values | left))
         raise Again
 
+    def _numbers(self, first: int, device: torch.device) -> range:
+        """Of the micro-batches of the step that begins with this one: as many on each rank as the one with the most has."""
+        if self._batches is None:
+            raise RuntimeError("there are no micro-batches; call begin() first")
+        return range(first, self._here.most(min(first + self.config.accumulate, len(self._batches)), device))
+
     def _note(self, incident: Incident, *, first: bool = False) -> None:
-        """Say it and add it to the file, but for one that is there: a step that is done again meets it again.
+        """Say it and add it to the file, but for a warning that is there: a step that is done again meets it again.
 
         Args:
             incident: what all processes have met.
             first: only this one has, and it does what the first of them would.
         """
-        if incident in self.incidents:
+        if incident.action == "warned" and incident in self.incidents:
             return
         self.incidents.append(incident)
         if self._here.rank and not first:
@@ -331,6 +353,10 @@ def forget(model: torch.nn.Module) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _on_cpu(state: State | None) -> State | None:
+    return None if state is None else [BlockState(*(x.cpu() for x in block)) for block in state]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -362,23 +388,25 @@ def _times(value: float, others: list[float]) -> float:
 
 
 @torch.no_grad()
-def dead_adapters(training: Training) -> list[str]:
+def dead_adapters(training: Training, here: Ranks = ALONE) -> list[str]:
     """Adapted matrices that the last gradient did not reach, or that it did not move: a part of theirs is still all 0.
 
-    A part that begins at 0 has moved after a single step. Where another keeps the gradients, nothing is said.
+    A part that begins at 0 has moved after a single step. What is so on one of the ranks is so: each may have a share of them.
+    Where DeepSpeed keeps the gradients, nothing is said.
     """
     parts: dict[str, list[Tensor]] = {}
     for name, module in training.model.named_modules():
         if isinstance(module, AdaptedLinear):
-            parts[name] = [p for p in module.parameters() if p.requires_grad]
+            parts[parallel.plain(name)] = [p for p in module.parameters() if p.requires_grad]
     trained = [p for some in parts.values() for p in some]
-    if not trained or all(p.grad is None for p in training.parameters()):
+    if not trained or not here.most(any(p.grad is not None for p in training.parameters()), training.device):
         return []
     gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in trained]
     tensors = [*gradients, *trained]
     # the first values say it, but for few; and all in one go, where a device must be waited for
     begun = torch.stack([x.flatten()[:_SOME].any() for x in tensors]).tolist()
     alive = [some or bool(x.any()) for some, x in zip(begun, tensors, strict=True)]
+    alive = [bool(count) for count in here.total(alive, training.device)]
     known = iter(zip(alive[: len(trained)], alive[len(trained) :], strict=True))
     dead = []
     for name, some in parts.items():

@@ -9,6 +9,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 
 from kernels.head_loss import head_loss, token_nll
+from rwkv_core.adapters import trained_state
 from rwkv_core.config import TrainConfig
 from rwkv_core.data.sampling import Batch, Group
 from rwkv_core.errors import InputError
@@ -103,6 +104,8 @@ class Training(pl.LightningModule):
         """Of a micro-batch whose backward pass is about to begin: what is read in it, and its step's weight."""
         self.trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         """Names of the parameters."""
+        self.told = frozenset(f"model.{name}" for name in trained_state(model))
+        """The same, and of what a merge needs beside them."""
         model.shared = config.parallel.shares_parameters
         model.spare(parts=config.context.parts, grad_cp=config.context.grad_cp)
 
@@ -151,7 +154,7 @@ class Training(pl.LightningModule):
         """The micro-batch's share of its step's weighted mean cross-entropy: one number, however the step is cut up."""
         self.step_learned, self.step_tokens = self.step_learned + batch.learned, self.step_tokens + batch.tokens
         groups, size = self._windows(batch.groups, batch_idx), self._config.context.segment
-        if self._in_step_with_others:
+        if self.shares:
             groups = evened(groups, self._here, self.device)
         if not groups:  # a sum of nothing, whose gradient is 0 for all: as of rows of which nothing is learned
             return torch.stack([p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad]).sum()
@@ -160,7 +163,7 @@ class Training(pl.LightningModule):
         if size is not None and self._config.parallel.shares_parameters:
             self._waiting = groups, weight  # a segment's gradients would be forgotten: Lightning does so behind this
             return torch.zeros((), device=self.device, requires_grad=True)
-        short = len(groups) == 1 and groups[0].inputs.shape[1] <= (size or 0) and not self._in_step_with_others
+        short = len(groups) == 1 and groups[0].inputs.shape[1] <= (size or 0) and not self.shares
         if size is None or short:
             loss = self._head_loss(*self._read(groups, self._lanes))
         else:
@@ -221,7 +224,7 @@ class Training(pl.LightningModule):
         )
 
     @property
-    def _in_step_with_others(self) -> bool:
+    def shares(self) -> bool:
         """Whether the ranks meet in a forward pass, or each parameter must have a gradient on each of them."""
         return self._config.parallel.shares
 
@@ -232,13 +235,18 @@ class Training(pl.LightningModule):
         if self._config.parallel.stage:  # DeepSpeed does it, in its step
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self._config.parallel.strategy == "fsdp":  # of this rank's part
-            (square,) = self._here.total([float(norm) ** 2], self.device)
-            norm = torch.tensor(square**0.5, dtype=norm.dtype, device=norm.device)
+        norm = self.norm_of(parameters)
         if self._config.optimizer.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.grad_clip, norm)
         self.grad_norm = float(norm)
+
+    def norm_of(self, parameters: Iterable[Tensor]) -> Tensor:
+        """Of their gradients, which are whole, or shares that lie here as fsdp has them."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._config.parallel.strategy == "fsdp":
+            (square,) = self._here.total([float(norm) ** 2], self.device)
+            norm = torch.tensor(square**0.5, dtype=norm.dtype, device=norm.device)
+        return norm
 
     def validation_step(self, groups: Iterable[Group], lanes: Lanes) -> Tensor:
         """Nats of all targets of a micro-batch. Lightning's strategies know this name: the parameters are there, within."""
@@ -255,12 +263,12 @@ class Training(pl.LightningModule):
             InputError: there are none.
         """
         nats, tokens, lanes = 0.0, 0, Lanes()
-        measure: Any = self.trainer.strategy.validation_step if self._in_step_with_others else self.validation_step
+        measure: Any = self.trainer.strategy.validation_step if self.shares else self.validation_step
         self.eval()
         with self.trainer.precision_plugin.val_step_context():
             for batch in batches:
                 groups = move_data_to_device(batch.groups, self.device)
-                if self._in_step_with_others:
+                if self.shares:
                     groups = evened(groups, self._here, self.device)
                 if groups:
                     nats += float(measure(groups, lanes))

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 
 from kernels.head_loss import IGNORE
 from rwkv_core.config import ParallelConfig, TrainConfig
-from rwkv_core.data.sampling import Group
+from rwkv_core.data.sampling import Batch, Group
 from rwkv_core.errors import InputError
 from rwkv_core.models.skeleton import Block
 from rwkv_core.processes import FIRST
@@ -308,17 +308,44 @@ def gathered(trainer: pl.Trainer, config: TrainConfig, names: Collection[str]) -
     Args:
         trainer: that is training now.
         config: of the run.
-        names: of the parameters in Lightning's module.
+        names: of parameters that are trained, and of buffers, in Lightning's module.
     """
     if config.parallel.strategy == "fsdp":
         found = trainer.strategy.lightning_module_state_dict()
-        return {name: found[name] for name in names if name in found}
-    named = {name: p for name, p in trainer.lightning_module.named_parameters() if name in names}
+        return {name: x for name, x in found.items() if name in names}
+    training = trainer.lightning_module
+    named = dict((*training.named_parameters(), *training.named_buffers()))
+    chosen = {name: x for name, x in named.items() if name in names}
     if not config.parallel.stage:
-        return {name: p.detach() for name, p in named.items()}
+        return {name: x.detach() for name, x in chosen.items()}
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()}
+    return {
+        name: (safe_get_full_fp32_param(x) if isinstance(x, nn.Parameter) else x).detach().cpu().clone()
+        for name, x in chosen.items()
+    }
+
+
+def read_together(trainer: pl.Trainer, batch: Batch, number: int) -> float:
+    """Read a micro-batch that only this rank has something to learn of, or only another, and take no step that would change
+    what is trained: the norm of its share of the step's gradient. All ranks call it.
+
+    What the strategy keeps beside the parameters is of no step any more.
+    """
+    training: Any = trainer.lightning_module
+    strategy: Any = trainer.strategy
+    whole = strategy.model
+    stage = isinstance(strategy, DeepSpeedStrategy)
+    if stage:  # it finds the norm in its step alone
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 0.0
+        whole.set_gradient_accumulation_boundary(True)
+    loss = strategy.training_step(batch, number)
+    strategy.backward(loss / trainer.accumulate_grad_batches, None)  # as Lightning divides it
+    if not stage:
+        return float(training.norm_of(training.parameters()))
+    whole.step()
+    return float(whole.get_global_grad_norm())
 
 
 def leave_whole(trainer: pl.Trainer, config: TrainConfig, names: Collection[str]) -> None:
@@ -326,14 +353,54 @@ def leave_whole(trainer: pl.Trainer, config: TrainConfig, names: Collection[str]
     if not config.parallel.shares:
         return
     tensors, training = gathered(trainer, config, names), trainer.lightning_module
-    for parent in list(training.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, FullyShardedDataParallel):
-                setattr(parent, name, child.module)
+    _unwrap(training)
     for name, x in tensors.items():
         module, _, leaf = name.rpartition(".")
         # under a name that neither sees: a parameter of theirs has hooks, and of ZeRO 3 no data
         training.get_submodule(module)._parameters[leaf] = nn.Parameter(x)
+
+
+@torch.no_grad()
+def take_back(trainer: pl.Trainer, training: nn.Module, config: TrainConfig) -> None:
+    """Let each process have the whole model by itself again, on the CPU as it was loaded. Training has ended between two steps.
+
+    The parameters stay the objects that they were, for whoever else holds them. All ranks call it.
+    """
+    if not config.parallel.shares:
+        return
+    whole: Any = trainer.strategy.model
+    if config.parallel.strategy == "fsdp":
+        # a block after the other to the CPU, but for what is there: moving would free it
+        on_all = FullStateDictConfig(offload_to_cpu=torch.cuda.is_available())
+        with FullyShardedDataParallel.state_dict_type(whole, StateDictType.FULL_STATE_DICT, on_all):
+            tensors = whole.state_dict()
+        _unwrap(training)
+    else:
+        import deepspeed
+
+        trained = [name for name, p in training.named_parameters() if p.requires_grad]
+        tensors = gathered(trainer, config, trained)
+        for name, p in training.named_parameters():
+            if name not in tensors:
+                with deepspeed.zero.GatheredParameters([p], enabled=config.parallel.stage == 3):
+                    tensors[name] = p.detach().cpu().clone()
+        whole.destroy()
+    for name, p in training.named_parameters():
+        vars(p).clear()  # what they have noted with it
+        p.data, p.grad = tensors[name], None
+
+
+def _unwrap(training: nn.Module) -> None:
+    """Take FSDP's modules out."""
+    for parent in list(training.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FullyShardedDataParallel):
+                setattr(parent, name, child.module)
+
+
+def plain(name: str) -> str:
+    """A module's name without those of the strategy."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def save(trainer: pl.Trainer, config: TrainConfig, folder: Path) -> None:

@@ -9,19 +9,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from kernels.head_loss import IGNORE
 from rwkv_core import checkpoint, models
-from rwkv_core.adapters import attach, trained_state
+from rwkv_core.adapters import attach
 from rwkv_core.config import AdapterConfig, TrainConfig
 from rwkv_core.data.sampling import Batch, Group
 from rwkv_core.errors import InputError, Problem
 from rwkv_core.files import sha256, whole_folder, write_json
 from rwkv_core.models.skeleton import RWKV
 from rwkv_core.models.state import BlockState, State
+from rwkv_core.training import parallel
 from rwkv_core.training.module import Training
 from rwkv_core.training.optimizers import mixed
 from rwkv_core.training.parallel import Ranks
@@ -40,25 +42,36 @@ class Measured(NamedTuple):
     """Its own weighted mean loss, in nats a token; 0, where nothing is learned."""
 
 
-def measure(training: Training, batch: Batch, number: int) -> Measured:
-    """Read one micro-batch forward and backward, with its own dropout. It leaves no gradient, but the lanes' states.
+def measure(training: Training, batch: Batch, number: int, trainer: pl.Trainer | None = None) -> Measured:
+    """Read one micro-batch forward and backward, with its own dropout. It leaves no gradient, but the lanes' states; where the
+    processes share what is trained, a run that can't go on: only its checkpoint is as it was.
 
     Args:
         training: as it is before the step.
-        batch: on its device.
+        batch: on its device. Where the processes share what is trained, the others' at the same time learn nothing.
         number: of the micro-batch in the run.
+        trainer: that is training now; None where nobody is.
     """
-    parameters = [p for p in training.parameters() if p.requires_grad]
+    _forget(training)  # those of the step before
     training.on_train_batch_start(batch, number)
     training.step_loss = 0.0
     with torch.enable_grad():
-        training.training_step(batch, number).backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    for p in parameters:
-        p.grad = None
+        if trainer is not None and training.shares:
+            norm = parallel.read_together(trainer, batch, number)
+        else:
+            with trainer.precision_plugin.train_step_context() if trainer is not None else contextlib.nullcontext():
+                training.training_step(batch, number).backward()  # type: ignore[no-untyped-call]
+            norm = float(training.norm_of(training.parameters())) / training.loss_factor
+    _forget(training)
     weight = sum(_weight(group) for group in batch.groups)
     loss = training.step_loss
-    return Measured(loss, float(norm) / training.loss_factor, loss * batch.step_weight / weight if weight else 0.0)
+    return Measured(loss, norm, loss * batch.step_weight / weight if weight else 0.0)
+
+
+def _forget(training: Training) -> None:
+    """The gradients."""
+    for p in training.parameters():
+        p.grad = None
 
 
 def _weight(group: Group) -> float:
@@ -67,13 +80,18 @@ def _weight(group: Group) -> float:
 
 
 def keep(
-    folder: Path, training: Training, batch: Batch, lanes: State | None, found: Measured, settings: Mapping[str, Any]
+    folder: Path,
+    trained: Mapping[str, Tensor],
+    batch: Batch,
+    lanes: State | None,
+    found: Measured,
+    settings: Mapping[str, Any],
 ) -> None:
     """Write the folder.
 
     Args:
         folder: to write, whole.
-        training: as it is before the step.
+        trained: what `trained_state` gives, as it is before the step.
         batch: the micro-batch.
         lanes: the states it is read after, where rows go on from each other.
         found: what it does.
@@ -91,7 +109,7 @@ def keep(
         kept = {"groups": groups, "lanes": None if lanes is None else [tuple(block) for block in lanes]}
         numbers = {name: getattr(batch, name) for name in ("step_weight", "learned", "tokens")}
         torch.save(kept | numbers, out / _BATCH)
-        checkpoint.write(out / _TRAINED, {name: x.detach().cpu() for name, x in trained_state(training.model).items()})
+        checkpoint.write(out / _TRAINED, {name: x.detach().cpu() for name, x in trained.items()})
         write_json(out / _SETTINGS, {**settings, "found": {name: str(x) for name, x in found._asdict().items()}})
         (out / _READ_ME).write_text(
             f"Micro-batch {settings['micro_batch']} of step {settings['step']} is in quarantine: {settings['what']}, "
@@ -128,6 +146,8 @@ def reproduce(folder: Path, base: Path | None) -> Reproduced:
     except FileNotFoundError as error:
         raise InputError(str(error.filename), "must be there", "give a folder of a run's quarantine") from None
     config = TrainConfig.model_validate(settings["train"])
+    # by itself now: nobody to share with, and a gradient is as much too large as with ddp
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "ddp"})})
     model = _model(folder, settings["made_from"], base).train()
     here = Ranks(settings["rank"], settings["world"])  # dropout is a function of them
     training = Training(model, [], config, 1, settings["seed"], here)

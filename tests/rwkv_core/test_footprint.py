@@ -3,28 +3,44 @@
 import pytest
 import random_models
 import torch
-from methods import EXAMPLES
+from methods import EXAMPLES, PEFT, SOME
 
 from benchmarks.train_step import _New
 from kernels.head_loss import head_loss
 from rwkv_core.adapters import attach
+from rwkv_core.adapters.peft import PeftLinear
+from rwkv_core.config import PeftConfig
 from rwkv_core.footprint import Gpu, Heap, Trace, peak, record, without_memory
 
 
 @pytest.mark.parametrize("version", random_models.VERSIONS)
 def test_what_is_kept_is_what_a_real_forward_leaves(version):
+    check_kept(version, EXAMPLES[0])
+
+
+PLANNED = [values for values in PEFT if values["peft_type"] not in ("WAVEFT", "SHIRA")]
+"""These make tensors whose sizes values decide."""
+
+
+@pytest.mark.parametrize("values", PLANNED, ids=lambda x: "-".join(map(str, x.values())))
+def test_what_a_method_of_peft_keeps_is_what_a_real_forward_leaves(values):
+    check_kept("7", PeftConfig(kind="peft", config=values, **SOME))
+
+
+def check_kept(version, adapter):
     model, tokens = random_models.make(version=version, n_layer=2), torch.zeros(2, 40, dtype=torch.int64)
-    attach(model, EXAMPLES[0], 0)
+    attach(model, adapter, 0)
     with _New() as new:
         features, after = model.features(tokens)
         loss = head_loss(features.flatten(0, 1), model.head.now(), tokens.flatten())
     del features, after
-    known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), tokens)}
+    beside = [x for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside]
+    known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), *beside, tokens)}
     left = sum(size for key, (found, _, size) in new.found.items() if key not in known and not found.expired())
     assert loss.requires_grad
     with without_memory():
         fake = type(model)(model.config)
-        attach(fake, EXAMPLES[0], 0)
+        attach(fake, adapter, 0)
         trace = record(fake, torch.zeros(2, 40, dtype=torch.int64), None)
     assert sum(trace.sizes[number] for number in trace.kept) == left
 

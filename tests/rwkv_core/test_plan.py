@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import official
-from methods import EXAMPLES, OTHERS
+from methods import EXAMPLES, OTHERS, SOME
 from train_settings import train_config
 
 from rwkv_core import checkpoint, models, plan
 from rwkv_core.adapters import attach
-from rwkv_core.config import FullConfig, LoraConfig, ModelConfig
+from rwkv_core.adapters.peft import PeftLinear
+from rwkv_core.config import FullConfig, LoraConfig, ModelConfig, PeftConfig
 from rwkv_core.errors import InputError
 from rwkv_core.training.optimizers import build, groups
 
@@ -35,7 +36,11 @@ def model_terms(found):
     return [found.terms.get(name, 0) for name in ("frozen weights", "trained parameters")]
 
 
-@pytest.mark.parametrize("adapter", EXAMPLES + OTHERS, ids=lambda x: x.kind)
+BOFT = PeftConfig(kind="peft", config={"peft_type": "BOFT", "boft_block_size": 4}, **SOME)
+"""It holds what is in no file."""
+
+
+@pytest.mark.parametrize("adapter", [*EXAMPLES, *OTHERS, BOFT], ids=lambda x: x.kind)
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4-double", "fp8"])
 def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
     checkpoint.write(tmp_path / "base.pth", official("7", n_layer=3, n_embd=64, head_size=64, vocab_size=96))
@@ -46,14 +51,10 @@ def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
         with pytest.raises(InputError, match=re.escape(refused.rule)):
             plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
         return
-    if adapter.kind == "peft":  # it needs values
-        with pytest.raises(plan.Unplanned):
-            plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
-        assert plan.preflight(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD) is None
-        return
     found = plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    every = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    beside = [x for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside]
+    every = sum(x.nbytes for x in (*model.parameters(), *model.buffers(), *beside))
     assert model_terms(found) == [every - trained, trained]
     moments = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for p in model.parameters():
@@ -61,6 +62,15 @@ def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
     moments.step()
     held = sum(x.nbytes for state in moments.state.values() for name, x in state.items() if name != "step")
     assert found.terms["optimizer moments"] == held
+
+
+@pytest.mark.parametrize("kind", ["WAVEFT", "SHIRA"])
+def test_what_has_no_plan_is_said(base, kind, capsys):
+    adapter = PeftConfig(kind="peft", config={"peft_type": kind}, **SOME)
+    with pytest.raises(plan.Unplanned, match=f"adapter.config.peft_type = {kind}: has no plan of its memory"):
+        plan.predict(base, settings(adapter), CARD)
+    assert plan.preflight(base, settings(adapter), CARD) is None
+    assert f"peft_type = {kind}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7"])

@@ -177,6 +177,17 @@ def steeper(model):
     model.ln_out.register_forward_hook(hook)
 
 
+def test_a_micro_batch_is_measured_by_itself(place):
+    """Without what the step before has left: what was measured is what is measured again."""
+    with pytest.raises(WorldError, match="attempts allows"):
+        train(place, settings({"blow_up": "quarantine", "blow_up_times": 1.05, "window": 8, "attempts": 1}))
+    incident = module.read(place / "run" / module.INCIDENTS)[0]
+    kept = incident.values["kept"][0]
+    assert kept == f"quarantine/{incident.step}-{2 * (incident.step - 1)}", "it is its step's first"
+    was, now, _ = reproduce.reproduce(place / "run" / kept, place / "sound.pth")
+    assert {name: float(x) for name, x in was.items()} == pytest.approx(now._asdict(), rel=1e-4)
+
+
 @pytest.fixture
 def late(place):
     """The bad token comes when there are steps to judge by."""
@@ -235,6 +246,22 @@ def test_a_fault_that_does_not_come_again_takes_nothing_out(place):
     assert (incident.step, incident.action) == (6, "went back")
     two, _ = train(place, config, folder="other")
     assert equal(bits(one), bits(two))
+
+
+def test_a_fault_that_no_micro_batch_shows_by_itself_is_not_gone_back_from_for_ever(place):
+    def in_steps(model):
+        seen = bad_rows(model)
+
+        def hook(
+            ln, inputs, out
+        ):  # call 12 is in step 6, whose two micro-batches are read alone at 15 and 16, and so on
+            return out * math.nan if seen["calls"] in (12, 18, 24) else None
+
+        model.ln_out.register_forward_hook(hook)
+
+    with pytest.raises(WorldError, match=r"step 6: not_finite.* went back 2 times"):
+        train(place, settings(QUARANTINE | {"attempts": 2}), change=in_steps)
+    assert [x.action for x in module.read(place / "run" / module.INCIDENTS)] == ["went back", "went back", "stopped"]
 
 
 @pytest.mark.slow
