@@ -417,7 +417,7 @@ def test_two_processes_go_back_and_leave_out_what_one_does(prepared):
 @pytest.mark.slow
 def test_two_processes_with_a_share_each_learn_what_one_device_does(prepared):
     """DeepSpeed and FSDP, on the CPU: with accumulation, a threshold below the norm, rows in segments, as many as the other has
-    or not, and checkpoints that both go on from, to the same bytes.
+    or not, rows that go on from others' states, blocks made again, and checkpoints that both go on from, to the same bytes.
     """
     pytest.importorskip("deepspeed")
     given = {"optimizer": {"grad_clip": 0.05}, "steps": 6, "epochs": None}
@@ -425,10 +425,11 @@ def test_two_processes_with_a_share_each_learn_what_one_device_does(prepared):
         "lora": {"method": METHODS["lora"]} | given,
         "full": {"method": METHODS["full"]} | given,
         "segments": {"method": METHODS["lora"], "context": {"segment": 5}} | given,
+        "carried": {"method": METHODS["lora"], "context": {"grad_cp": True}} | CHUNKS | given,
     }
     runs = [
         ("deepspeed_stage_1", "full", 4), ("deepspeed_stage_2", "segments", None), ("deepspeed_stage_2", "lora", 4),
-        ("deepspeed_stage_3", "full", None), ("deepspeed_stage_3", "lora", 4), ("fsdp", "lora", 4),
+        ("deepspeed_stage_3", "full", None), ("deepspeed_stage_3", "carried", 4), ("fsdp", "carried", 4),
         *((strategy, "segments", stop) for strategy in ("deepspeed_stage_3", "fsdp") for stop in (None, 4)),
     ]  # fmt: skip
     alone = start(prepared, 1, [one(kind, world=1, micro_batch=6, accumulate=1, **of) for kind, of in kinds.items()])
