@@ -50,7 +50,12 @@ def train() -> None:
     loggers.check(params.tracking)
     here = parallel.ranks(params.train.parallel)
     after_state = params.adapter.state != "none"
-    parallel.check(params.train, after_state=after_state, quantized=params.model.quantize != "none")
+    parallel.check(
+        params.train,
+        bridged=params.adapter.kind == "peft",
+        after_state=after_state,
+        quantized=params.model.quantize != "none",
+    )
     manifest = json.loads(stage.MANIFEST.read_text(encoding="utf-8"))
     base_sha256 = sha256(params.model.base)
     _check_place(params.adapter.load)

@@ -138,8 +138,14 @@ def ranks(config: ParallelConfig) -> Ranks:
     return Ranks(where.global_rank(), world)
 
 
-def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
+def check(config: TrainConfig, *, bridged: bool, after_state: bool, quantized: bool) -> None:
     """Refuse what a strategy can't train.
+
+    Args:
+        config: of the run.
+        bridged: the adapter's kind is peft.
+        after_state: a state is tuned.
+        quantized: the base's matrices are packed.
 
     Raises:
         InputError: it can't.
@@ -149,6 +155,12 @@ def check(config: TrainConfig, *, after_state: bool, quantized: bool) -> None:
             f"train.parallel.strategy = {config.parallel.strategy}",
             "each process has a share of a block's parameters, and adapter.state is read outside the block",
             "set ddp or deepspeed_stage_2",
+        )
+    if bridged and config.parallel.shares_parameters:
+        raise InputError(
+            f"train.parallel.strategy = {config.parallel.strategy}",
+            "each process has a share of the parameters, and those of adapter.kind = peft are in that library's layers too",
+            "set ddp or deepspeed_stage_2, or the adapter to a kind of ours",
         )
     if quantized and config.parallel.shares_parameters:
         raise InputError(

@@ -206,19 +206,21 @@ def test_slurms_processes_are_counted(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
-def test_a_tuned_state_is_not_cut_up(strategy):
+def test_what_is_read_outside_its_block_is_not_cut_up(strategy):
     with pytest.raises(InputError, match="read outside the block"):
-        parallel.check(shared(strategy), after_state=True, quantized=False)
+        parallel.check(shared(strategy), bridged=False, after_state=True, quantized=False)
     with pytest.raises(InputError, match=r"set it to none"):
-        parallel.check(shared(strategy), after_state=False, quantized=True)
-    parallel.check(shared(strategy), after_state=False, quantized=False)
-    parallel.check(shared("deepspeed_stage_2"), after_state=True, quantized=True)
+        parallel.check(shared(strategy), bridged=False, after_state=False, quantized=True)
+    with pytest.raises(InputError, match="in that library's layers too"):
+        parallel.check(shared(strategy), bridged=True, after_state=False, quantized=False)
+    parallel.check(shared(strategy), bridged=False, after_state=False, quantized=False)
+    parallel.check(shared("deepspeed_stage_2"), bridged=True, after_state=True, quantized=True)
 
 
 def test_fsdp_has_one_precision():
     settings = shared("fsdp").model_copy(update={"precision": "bf16"})
     with pytest.raises(InputError, match="one dtype"):
-        parallel.check(settings, after_state=False, quantized=False)
+        parallel.check(settings, bridged=False, after_state=False, quantized=False)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
@@ -233,9 +235,9 @@ def test_fsdp_has_one_precision():
 def test_what_needs_all_of_it_in_one_process_is_refused(strategy, section, change, message):
     given = {section: change, "parallel": {"strategy": strategy, "devices": None, "nodes": 1, "bucket_mb": 25}}
     with pytest.raises(InputError, match=message):
-        parallel.check(train_config(**given), after_state=False, quantized=False)
+        parallel.check(train_config(**given), bridged=False, after_state=False, quantized=False)
     given["parallel"]["strategy"] = "ddp"
-    parallel.check(train_config(**given), after_state=False, quantized=False)
+    parallel.check(train_config(**given), bridged=False, after_state=False, quantized=False)
 
 
 ASKED = {"not_finite": "quarantine", "out_of_memory": "replan"}
