@@ -311,6 +311,8 @@ class Malicious:
 
 
 def bad_inputs():
+    """Of each kind one or two: what readers refuse is tested where they are, in tests/rwkv_core."""
+
     def source(text):
         return lambda p: (p.root / "mine/corpus.jsonl").write_bytes(text)
 
@@ -328,10 +330,7 @@ def bad_inputs():
     yield "prepare", setting(data__holdout__fraction=2.0), ["data.holdout.fraction = 2.0", "less than 1"]
     yield "prepare", setting(data__holdout__fraction=1e-9), ["none of them on the valid side", "data.holdout.fraction"]
     yield "train", base(lambda f: truncate(f, 0.5)), ["base.pth", "cut short"]
-    yield "train", base(lambda f: f.write_bytes(b"not a model")), ["base.pth", "cut short or no .pth"]
-    yield "train", base(lambda f: torch.save({"weight": torch.zeros(2)}, f)), ["base.pth", "no RWKV names"]
     yield "train", base(lambda f: torch.save({"a": Malicious()}, f)), ["system", "must not run code", "do not trust"]
-    yield "train", base(lambda f: f.unlink()), ["base.pth", "must be there", "correct the path"]
     yield "prepare", setting(adapter__state="wkv"), ["train.rows = stream", "begin anywhere; set pad, pack or chunk"]
     yield "train", setting(adapter__targets=["att.kye"]), ["att.kye", "att.key"]
     yield (
@@ -339,7 +338,6 @@ def bad_inputs():
         setting(adapter__load="outputs/train/adapter.pth"),
         ["must be in start/", "cp -r outputs/train/adapter.pth"],
     )
-    yield "train", setting(adapter__load="start/none.pth"), ["adapter.load = start/none.pth", "there is no such file"]
     yield "train", setting(train__optimizer__warmup_steps=10_000), ["warmup_steps = 10000", "optimizer steps"]
     yield (
         "merge",
