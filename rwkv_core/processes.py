@@ -4,13 +4,19 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import forkserver
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+
+READY = "RWKVFLOW_READY"
+"""Environment variable of the server that forks a pool's processes: what it calls first, pickled, in hexadecimal."""
 
 FIRST = "RWKVFLOW_FIRST"
 """Environment variable of the processes that a training has started beside itself: the id of the one that started them."""
@@ -48,26 +54,39 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def pool(processes: int, ready: Callable[[], object]) -> Iterator[Executor]:
-    """So many processes, begun from nothing: a fork would have the locks of this one's threads.
+    """So many processes, forked when there is work by a server that is begun at once, and has called `ready` before.
+
+    What `ready` loads is in memory once, and in the cores' common cache; that server has no threads, whose locks a fork of this
+    process would have. It ends with this process.
 
     Args:
         processes: how many.
-        ready: what each calls first, when the block begins: what it loads is there when there is work.
+        ready: of a module that can be imported. Should it fail, it is called again in each process.
     """
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, context, _begin, (os.getpid(), ready))
-    for _ in range(processes):
-        executor.submit(int)  # a process begins when there is something to do
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["rwkv_core.before_fork"])
+    os.environ[READY] = pickle.dumps(ready).hex()
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[READY]
+    executor = ProcessPoolExecutor(processes, server, _begin, (ready,))
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int, ready: Callable[[], object]) -> None:
-    stop_with_parent()
-    if os.getppid() != parent:  # it died while this process was starting
-        os._exit(1)
+def _begin(ready: Callable[[], object]) -> None:
     # Ctrl+C reaches all of a terminal's processes; this one's parent ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     ready()
+
+
+def _end_with_parent() -> None:
+    """Of the process that asked for this one; the one that forked it waits for all that were asked for to end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

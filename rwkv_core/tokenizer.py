@@ -154,7 +154,12 @@ def read_vocabulary(file: Path) -> tuple[bytes, ...]:
     table = [b""] * VOCAB_SIZE
     for line in file.read_text(encoding="utf-8").splitlines():
         first, last = line.index(" "), line.rindex(" ")
-        literal = ast.literal_eval(line[first:last].strip())
+        written = line[first:last].strip()
+        quote, inner = written[:1], written[1:-1]
+        if quote in ("'", '"') and written[-1] == quote and quote not in inner and "\\" not in inner:
+            literal = inner  # means itself; Python's parser takes six times as long
+        else:
+            literal = ast.literal_eval(written)
         entry: bytes = literal.encode() if isinstance(literal, str) else literal
         if len(entry) != int(line[last:]):
             raise WorldError(f"{file}: {line!r}", "the length at the line's end must fit", "get the published file")

@@ -12,8 +12,8 @@ from rwkv_core import processes
 from rwkv_core.config import DataConfig
 from rwkv_core.data.binidx import SIDES
 from rwkv_core.data.prepare import prepare as prepare_data
+from rwkv_core.data.prepare import ready
 from rwkv_core.errors import WorldError
-from rwkv_core.tokenizer import named
 from tasks import stage
 from tasks.params import load
 from tasks.record import main_root
@@ -53,8 +53,7 @@ def _processes(data: DataConfig) -> int:
 def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
     """What runs so many shards: the cluster's workers, or processes of this machine."""
     if data.cluster is None:
-        tokenizer = functools.partial(named, data.tokenizer, data.special_tokens)
-        with processes.pool(min(_processes(data), shards), tokenizer) as executor:
+        with processes.pool(min(_processes(data), shards), functools.partial(ready, data)) as executor:
             yield executor
         return
     if importlib.util.find_spec("distributed") is None:

@@ -95,6 +95,11 @@ def prepare(
     return manifest
 
 
+def ready(data: DataConfig) -> None:
+    """Load what a shard needs beside its text: for `processes.pool`. World's encoder is loaded by the first text."""
+    named(data.tokenizer, data.special_tokens).encode("")
+
+
 def _settings_digest(data: DataConfig, tokenizer: Tokenizer) -> str:
     """Of all that shapes a shard beside the source; the code too, lest shards of two versions are joined."""
     shaping = data.model_dump(mode="json", include={"parts", "tokenizer", "special_tokens", "holdout"})

@@ -2,7 +2,6 @@ import csv
 import functools
 import hashlib
 import json
-import os
 import random
 import re
 import signal
@@ -14,6 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from data_settings import data, part
+from sessions import any_in_session
 
 from rwkv_core import processes
 from rwkv_core.data.binidx import Documents
@@ -369,6 +369,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/tests"]
 from data_settings import data, part
+from sessions import any_in_session
 from rwkv_core import processes
 from rwkv_core.data.prepare import prepare
 def told(done, total):
@@ -407,23 +408,12 @@ def test_killed_at_any_instant_it_goes_on_and_leaves_no_process(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "at once")
 
 
-def any_in_session(session):
-    import psutil
-
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return False
-
-
 PEAK = """
 import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/tests"]
 from data_settings import data, part
+from sessions import any_in_session
 from rwkv_core.data.prepare import prepare
 settings = data(Path(sys.argv[1]), part(mask="none"), near_duplicates=0.8)
 prepare(settings, Path(sys.argv[2]), Path(sys.argv[2] + " work"), shard_bytes=2_000_000)
