@@ -1,22 +1,25 @@
 """jsonl -> binidx with masks: speed and memory of the whole prepare stage on conversations, beside json2binidx's way.
 
-python -m benchmarks.prepare [--processes N ...] [--language english|chinese ...] [--out FILE] [MEGABYTES ...]
+python -m benchmarks.prepare [--processes N ...] [--language english|chinese ...] [--near yes|no ...] [--rounds N]
+                             [--out FILE] [MEGABYTES ...]
 
 English is Python's own documentation; Chinese has words of World's vocabulary in random order, for there is no text of it here.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -30,6 +33,9 @@ from rwkv_core.tokenizer import END, greedy_encoder, world
 ROOT = Path(__file__).parent.parent
 ROW = 2000
 """Bytes from which on a conversation is long enough."""
+
+BETWEEN_LOOKS = 0.5
+"""Seconds between two looks at the processes: each takes a moment of theirs."""
 
 PYTHON_MB = 1
 """Of text that the pure Python way is timed on."""
@@ -56,6 +62,9 @@ def _is_chinese(text: str) -> bool:
     return all("\u4e00" <= character <= "\u9fff" for character in text)
 
 
+NEAR = {"no": None, "yes": 0.8}
+"""Values of data.holdout.near_duplicates."""
+
 LANGUAGES = {"english": english, "chinese": chinese}
 
 
@@ -81,8 +90,21 @@ def high_water(pid: int | str) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
-def measure(source: Path, size: int, language: str, processes: int, near: float | None) -> str:
-    """Run the stage as DVC would, in a folder of its own, and say what it took."""
+class Took(NamedTuple):
+    """What a run of the stage took."""
+
+    wall: float
+    """Seconds, with its start."""
+    cpu: float
+    """Seconds of all its processes."""
+    peak: int
+    """Bytes of memory, of the process that had most."""
+    together: int
+    """Bytes of all processes at once, what they share counted once."""
+
+
+def measure(source: Path, processes: int, near: float | None) -> Took:
+    """Run the stage as DVC would, in a folder of its own."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         params: Any = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         params["data"] |= {"source": str(source), "processes": processes}
@@ -94,24 +116,23 @@ def measure(source: Path, size: int, language: str, processes: int, near: float 
         child = subprocess.Popen(
             [sys.executable, "-m", "tasks.prepare"], cwd=folder, env=environment, stdout=subprocess.DEVNULL
         )
-        peaks: dict[int, int] = {}
-        while not (reaped := os.wait4(child.pid, os.WNOHANG))[0]:
+        peaks, seconds, together = dict[int, int](), dict[int, float](), 0
+        while child.poll() is None:
+            size = 0
             for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
                 try:
                     peaks[process.pid] = max(peaks.get(process.pid, 0), high_water(process.pid))
-                except (FileNotFoundError, ProcessLookupError):
+                    seconds[process.pid] = sum(process.cpu_times()[:2])
+                    size += process.memory_full_info().pss
+                except (FileNotFoundError, ProcessLookupError, psutil.Error):
                     continue
-            time.sleep(0.05)
+            together = max(together, size)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(BETWEEN_LOOKS)
         wall = time.perf_counter() - began
-        child.returncode = os.waitstatus_to_exitcode(reaped[1])
         if child.returncode:
             raise RuntimeError(f"prepare exited with {child.returncode}")
-        usage = reaped[2]
-    cpu = usage.ru_utime + usage.ru_stime
-    return (
-        f"| {language} | {size / 1e6:.0f} | {processes} | {'no' if near is None else 'yes'} | {wall:.1f} "
-        f"| {size / 1e6 / wall:.1f} | {size / 1e6 / cpu:.1f} | {peaks[child.pid] / 1e6:.0f} | {sum(peaks.values()) / 1e6:.0f} |"
-    )
+    return Took(wall, sum(seconds.values()), max(peaks.values()), together)
 
 
 def pure_python(source: Path) -> float:
@@ -135,29 +156,40 @@ def main() -> None:
     options.add_argument("megabytes", nargs="*", type=float, default=[200.0])
     options.add_argument("--language", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))
     options.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    options.add_argument("--near", action="store_true", help="also with near copies looked for")
+    options.add_argument("--rounds", type=int, default=1, help="in each, every number of processes in turn")
+    options.add_argument("--near", nargs="+", choices=NEAR, default=["yes"], help="whether near copies are looked for")
     options.add_argument("--folder", type=Path, help="for temporary files; the system's, if none")
     options.add_argument("--out", type=Path)
     given = options.parse_args()
     lines = [
-        f"Conversations of {ROW} bytes and more, masks are qa. Near copies: whether they are looked for. Peak memory: that of "
-        "the stage's own process, then of all.",
+        f"Conversations of {ROW} bytes and more, masks are qa; the whole stage, with its start. Near copies: whether they are "
+        "looked for. Medians of rounds in which the numbers of processes took turns; speedup: the median, and the range, of "
+        f"the ratio to {given.processes[0]} of the same round. Peak memory: of the process that had most, then of all at "
+        "once, what they share counted once.",
         "",
-        "| text | MB | processes | near copies | wall, s | MB/s | MB/s of CPU time | peak, MB | all processes' peaks, MB |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| text | MB | processes | near copies | wall, s | MB/s | MB/s of CPU time | speedup | peak, MB | of all, MB |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
-    for language in given.language:
-        for megabytes in given.megabytes:
-            with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-                source = Path(folder, "source.jsonl")
-                size = generate(source, language, megabytes)
-                for near, processes in itertools.product((None, 0.8) if given.near else (None,), given.processes):
-                    lines.append(measure(source, size, language, processes, near))
-                    print(lines[-1], flush=True)
-                lines.append(
-                    f"| {language}, json2binidx's way | {PYTHON_MB} | 1 | no | | {pure_python(source):.2f} | | | |"
-                )
-                print(lines[-1], flush=True)
+    for language, megabytes in itertools.product(given.language, given.megabytes):
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            source = Path(folder, "source.jsonl")
+            size = generate(source, language, megabytes) / 1e6
+            for near in given.near:
+                rounds = []
+                for _ in range(given.rounds):
+                    rounds.append([measure(source, processes, NEAR[near]) for processes in given.processes])
+                    print(language, *(f"{took.wall:.1f} s" for took in rounds[-1]), file=sys.stderr, flush=True)
+                for i, processes in enumerate(given.processes):
+                    wall, cpu, peak, together = (statistics.median(turn[i][j] for turn in rounds) for j in range(4))
+                    ratios = sorted(turn[0].wall / turn[i].wall for turn in rounds)
+                    speedup = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                    lines.append(
+                        f"| {language} | {size:.0f} | {processes} | {near} | {wall:.1f} "
+                        f"| {size / wall:.1f} | {size / cpu:.1f} | {speedup} | {peak / 1e6:.0f} | {together / 1e6:.0f} |"
+                    )
+            lines.append(
+                f"| {language}, json2binidx's way | {PYTHON_MB} | 1 | no | | {pure_python(source):.2f} | | | | |"
+            )
     tell(f"{describe()}\n\n" + "\n".join(lines) + "\n", given.out)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.head_loss import head_loss, scratch
-from rwkv_core.adapters.peft import PeftLinear
+from rwkv_core.adapters.peft import all_tensors
 from rwkv_core.models.skeleton import RWKV
 
 
@@ -108,8 +108,7 @@ def record(model: RWKV, tokens: Tensor, dtype: torch.dtype | None) -> Trace:
         tokens: (B, T) int64, without memory too.
         dtype: of the products under mixed precision; None: the model's.
     """
-    beside = [x for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside]
-    with _Recorder([*model.parameters(), *model.buffers(), *beside, tokens]) as recorder:
+    with _Recorder([*all_tensors(model), tokens]) as recorder:
         trace: Trace = recorder.trace
         total = loss(model, tokens, dtype)
         trace.forward, forward = len(trace.events), len(trace.operations)

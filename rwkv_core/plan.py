@@ -20,7 +20,7 @@ from kernels.head_loss import scratch
 from rwkv_core import checkpoint, memory, models
 from rwkv_core.adapters import attach
 from rwkv_core.adapters.lora import LoraLinear
-from rwkv_core.adapters.peft import PeftLinear, load_library
+from rwkv_core.adapters.peft import all_tensors, load_library
 from rwkv_core.adapters.pissa import PissaLinear
 from rwkv_core.config import AdapterConfig, LoraConfig, ModelConfig, OptimizerConfig, PeftConfig, TrainConfig
 from rwkv_core.data.binidx import Documents
@@ -220,15 +220,14 @@ def _predicted(base: Base, settings: Settings, room: Room) -> Plan:
         logits, _ = scratch(features, model.head.weight)
         state = sum(x.numel() for part in model.initial_state(1) for x in part)
         trained = [p for p in model.parameters() if p.requires_grad]
-        held = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - sum(p.nbytes for p in trained)
-        held += sum(x.nbytes for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside)
+        frozen = sum(x.nbytes for x in all_tensors(model)) - sum(p.nbytes for p in trained)
         moments = _moments(model, train.optimizer)
     space = Heap() if room.kind == "cpu" else Gpu()
     space.allocate(logits)
     found = peak(trace, space, train.accumulate)
     ours = sum(p.nbytes for p in trained)
     terms = {
-        "frozen weights": held,
+        "frozen weights": frozen,
         "trained parameters": ours,
         "optimizer moments": moments,
         "gradients": found.gradients,

@@ -147,6 +147,12 @@ def _check_products_alone(layer: Any, inputs: int, config: "PeftConfig") -> None
         ) from None
 
 
+def all_tensors(model: nn.Module) -> list[Tensor]:
+    """All that a model has in memory: parameters, buffers, and what the library's layers hold beside them."""
+    beside = [x for module in model.modules() if isinstance(module, PeftLinear) for x in module.beside]
+    return [*model.parameters(), *model.buffers(), *beside]
+
+
 def load_library() -> None:
     """Import it, if it is there: who asks afterwards how much memory this process has taken is told of that too."""
     if importlib.util.find_spec("peft") is not None:

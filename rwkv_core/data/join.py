@@ -175,8 +175,9 @@ def _tell_leaks(folders: Sequence[Path], similarity: float, table: Any) -> list[
     for shard, folder in enumerate(folders):
         documents = Documents(folder / "train")
         leaky = np.zeros(len(documents), bool)
-        for i, signature in enumerate(np.load(beside(folder / "train", "near"))):
-            found = index.nearest(documents[i][:-1], signature, held_out_tokens, similarity)
+        near_them = np.load(beside(folder / "train", "near"))
+        for i in np.flatnonzero(index.agrees(near_them)).tolist():
+            found = index.nearest(documents[i][:-1], near_them[i], held_out_tokens, similarity)
             if found is not None:
                 leaky[i] = True
                 of = held_names.get(*place(found[0]))

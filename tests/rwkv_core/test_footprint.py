@@ -8,7 +8,7 @@ from methods import EXAMPLES, PEFT, SOME
 from benchmarks.train_step import _New
 from kernels.head_loss import head_loss
 from rwkv_core.adapters import attach
-from rwkv_core.adapters.peft import PeftLinear
+from rwkv_core.adapters.peft import all_tensors
 from rwkv_core.config import PeftConfig
 from rwkv_core.footprint import Gpu, Heap, Trace, peak, record, without_memory
 
@@ -34,8 +34,7 @@ def check_kept(version, adapter):
         features, after = model.features(tokens)
         loss = head_loss(features.flatten(0, 1), model.head.now(), tokens.flatten())
     del features, after
-    beside = [x for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside]
-    known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), *beside, tokens)}
+    known = {x.untyped_storage()._cdata for x in (*all_tensors(model), tokens)}
     left = sum(size for key, (found, _, size) in new.found.items() if key not in known and not found.expired())
     assert loss.requires_grad
     with without_memory():

@@ -11,7 +11,7 @@ from train_settings import train_config
 
 from rwkv_core import checkpoint, models, plan
 from rwkv_core.adapters import attach
-from rwkv_core.adapters.peft import PeftLinear
+from rwkv_core.adapters.peft import all_tensors
 from rwkv_core.config import FullConfig, LoraConfig, ModelConfig, PeftConfig
 from rwkv_core.errors import InputError
 from rwkv_core.training.optimizers import build, groups
@@ -53,8 +53,7 @@ def test_what_the_model_holds_is_exact(tmp_path, adapter, quantize):
         return
     found = plan.predict(plan.base_in(tmp_path / "base.pth"), settings(adapter, quantize), CARD)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    beside = [x for m in model.modules() if isinstance(m, PeftLinear) for x in m.beside]
-    every = sum(x.nbytes for x in (*model.parameters(), *model.buffers(), *beside))
+    every = sum(x.nbytes for x in all_tensors(model))
     assert model_terms(found) == [every - trained, trained]
     moments = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for p in model.parameters():

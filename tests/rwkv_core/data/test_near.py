@@ -58,6 +58,20 @@ def test_the_estimate_of_eight_tenths_is_found_with_more_than_ninety_nine_hundre
     assert sum(len(Index(signature(a)[None]).candidates(signature(b))[0]) for a, b in pairs) > 0.99 * len(pairs)
 
 
+@pytest.mark.parametrize("held_out", [0, 1, 300])
+def test_a_band_agrees_where_there_are_candidates(held_out):
+    draw = np.random.default_rng(held_out)
+    signatures = draw.integers(0, 2**16, (held_out, near.HASHES)).astype(np.uint16)
+    others = draw.integers(0, 2**16, (200, near.HASHES)).astype(np.uint16)
+    for i in range(0, 200 if held_out else 0, 7):  # some have one band, any of them, in common with one
+        band = slice(i % near.BANDS * near.ROWS, (i % near.BANDS + 1) * near.ROWS)
+        others[i, band] = signatures[i % held_out, band]
+    index = near.Index(signatures)
+    agrees = index.agrees(others)
+    assert agrees.tolist() == [len(index.candidates(other)[0]) > 0 for other in others]
+    assert agrees.sum() == (29 if held_out else 0)
+
+
 def test_the_nearest_is_told_by_its_exact_similarity():
     rng = np.random.default_rng(3)
     held_out = [rng.integers(1, 65536, rng.integers(1, 400)) for _ in range(500)]
