@@ -4,7 +4,7 @@ The similarity of two documents is Jaccard's: of the runs that are in either, th
 it. The runs' hashes fall into HASHES equal ranges, and of each range the smallest is kept: two documents agree in a range with
 the probability of their similarity. An empty range takes the number of one that is not, the first in an order of its own.
 
-A signature takes 26 us for 600 tokens, holding it against an index of 250000 documents 4; where a band
+A signature takes 26 us for 600 tokens, holding it against an index of 250000 documents 1 to 2; where a band
 agrees, as it does for what is near and for few others, 40 to 80 more.
 
 Source: Li, Owen and Zhang, One Permutation Hashing, 2012; Shrivastava, Optimal Densification for Fast and Accurate Minwise
@@ -156,8 +156,10 @@ class Index:
         for band, (keys, _) in enumerate(self._bands):
             if len(keys):
                 wanted = _keys(_band(signatures, band))
-                places = keys.searchsorted(wanted)
-                found |= keys[np.minimum(places, len(keys) - 1)] == wanted
+                ascending = np.sort(wanted)  # three times as fast to look up, which stays in the cache then
+                there = keys[np.minimum(keys.searchsorted(ascending), len(keys) - 1)] == ascending
+                if there.any():
+                    found |= np.isin(wanted, ascending[there])
         return found
 
     def candidates(self, signature: Signature) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
