@@ -165,6 +165,16 @@ class Writer:
             self._learned.fill(end - begin)
         self._documents += stop - first
 
+    def restart(self) -> None:
+        """Write other documents in place of all so far. The files keep their pages till then, which spares much of the time."""
+        for column, begin in ((self._sizes, _HEADER.size), *((column, 0) for column in self._columns())):
+            column.restart(begin)
+        self._documents = 0
+
+    def _columns(self) -> "tuple[_Column, ...]":
+        """Of files of their own."""
+        return (self._tokens, *((self._learned, self._weights) if self._beside else ()))
+
     def close(self) -> None:
         """Write the index. Without it the files are not a binidx."""
         self._sizes.flush()
@@ -179,7 +189,8 @@ class Writer:
         self._index.seek(_HEADER.size + 12 * count)
         for at in range(0, count + 1, _PIECE):
             self._index.write(np.arange(at, min(at + _PIECE, count + 1), dtype="<i8").data)
-        for column in (self._tokens, *((self._learned, self._weights) if self._beside else ())):
+        self._index.truncate()
+        for column in self._columns():
             column.close()
         self._index.seek(0)
         self._index.write(_HEADER.pack(_MAGIC, 1, self._code, count, count + 1))
@@ -223,8 +234,13 @@ class _Column:
     def _encoded(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values
 
+    def restart(self, begin: int) -> None:
+        self._file.seek(begin)
+        self._used = 0
+
     def close(self) -> None:
         self.flush()
+        self._file.truncate()  # what was before a restart may have been longer
         self._file.close()
 
 

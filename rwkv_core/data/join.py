@@ -34,15 +34,14 @@ def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, made: Iterable[Path
         data: the settings they were made with.
         plan: the source.
         tokenizer: what its tokens are.
-        made: their folders, in the source's order. Each is joined when it comes, while others are still made; but what leaks
-            is known only of all, so that the training side waits for that where leaks are dropped.
+        made: their folders, in the source's order. Each is joined when it comes, while others are still made; what leaks is
+            known only of all, and if some is dropped the training side is joined again.
         out: folder to write into.
     """
-    drops = data.holdout.near_duplicates is not None and data.holdout.leaks == "drop"
     writers, folders = {side: Writer(out / side) for side in SIDES}, list[Path]()
     for folder in made:
         folders.append(folder)
-        for side in SIDES[drops:]:
+        for side in SIDES:
             writers[side].append(Documents(folder / side))
     facts = [json.loads((folder / "facts.json").read_text(encoding="utf-8")) for folder in folders]
     total = {
@@ -55,14 +54,15 @@ def join(data: DataConfig, plan: Plan, tokenizer: Tokenizer, made: Iterable[Path
     if total["rows"] == total["refused"] + total["empty"]:
         raise InputError(f"{data.source}: {total['rows']} rows", "none has any text", "give it rows with text")
 
-    leaks = 0
+    leaks, drops = 0, data.holdout.leaks == "drop"
     with (out / "lints.csv").open("a", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         lints["duplicate"] = _tell_duplicates(folders, table)
         if data.holdout.near_duplicates is not None:
             leaking = _tell_leaks(folders, data.holdout.near_duplicates, table)
             leaks = lints["leak"] = sum(int(np.count_nonzero(leaky)) for leaky in leaking)
-            if drops:
+            if leaks and drops:
+                writers["train"].restart()
                 for fact, folder, leaky in zip(facts, folders, leaking, strict=True):
                     documents = Documents(folder / "train")
                     writers["train"].append(documents, ~leaky)

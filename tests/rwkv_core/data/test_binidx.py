@@ -203,7 +203,8 @@ def test_files_that_were_not_closed_are_no_binidx(tmp_path):
 
 @pytest.mark.parametrize("kept", [None, 0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("piece", [8, 1 << 18])
-def test_shards_are_joined(kept, piece, tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", [False, True])
+def test_shards_are_joined(kept, piece, again, tmp_path, monkeypatch):
     monkeypatch.setattr(binidx, "_PIECE", piece)
     shards = [some_documents(seed, count) for seed, count in enumerate([40, 0, 1, 57])]
     prefixes = [tmp_path / f"shard{i}" for i in range(len(shards))]
@@ -213,6 +214,10 @@ def test_shards_are_joined(kept, piece, tmp_path, monkeypatch):
         write(prefix, documents, learned, weights, beside=i != 3)  # one without a mask
         shards[i] = read_by_hand(prefix)
     writer = Writer(tmp_path / "joined")
+    if again:  # there were others, longer
+        for prefix in (*reversed(prefixes), prefixes[0]):
+            writer.append(Documents(prefix))
+        writer.restart()
     for i, prefix in enumerate(prefixes):
         writer.append(Documents(prefix), None if keep is None else keep[i])
     writer.close()
