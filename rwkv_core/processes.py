@@ -56,8 +56,8 @@ def cores() -> int:
 def pool(processes: int, ready: Callable[[], object]) -> Iterator[Executor]:
     """So many processes, forked when there is work by a server that is begun at once, and has called `ready` before.
 
-    What `ready` loads is in memory once, and in the cores' common cache; that server has no threads, whose locks a fork of this
-    process would have. It ends with this process.
+    What `ready` loads is in memory once, and in the cores' common cache. A fork of this process could have the locks of its
+    threads; that server has none but OpenBLAS's, which end before a fork. It ends with this process.
 
     Args:
         processes: how many.

@@ -53,7 +53,8 @@ def _processes(data: DataConfig) -> int:
 def _pool(data: DataConfig, shards: int) -> Iterator[Executor]:
     """What runs so many shards: the cluster's workers, or processes of this machine."""
     if data.cluster is None:
-        with processes.pool(min(_processes(data), shards), functools.partial(ready, data)) as executor:
+        loaded = functools.partial(ready, data.tokenizer, data.special_tokens)
+        with processes.pool(min(_processes(data), shards), loaded) as executor:
             yield executor
         return
     if importlib.util.find_spec("distributed") is None:

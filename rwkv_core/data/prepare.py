@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -95,9 +95,9 @@ def prepare(
     return manifest
 
 
-def ready(data: DataConfig) -> None:
+def ready(tokenizer: str, special: Mapping[str, int]) -> None:
     """Load what a shard needs beside its text: for `processes.pool`. World's encoder is loaded by the first text."""
-    named(data.tokenizer, data.special_tokens).encode("")
+    named(tokenizer, special).encode("")
 
 
 def _settings_digest(data: DataConfig, tokenizer: Tokenizer) -> str:
