@@ -48,8 +48,13 @@ def two_at_once(here: Operated, wanted: dict[str, bytes]) -> None:
     here.fresh()
     first = here.ask()
     here.wait(lambda: here.processes("train"))
+    training = here.processes("train")
+    for process in training:  # until the second is there, which takes longer than this training
+        process.suspend()
     second = here.ask()
     here.wait(lambda: any("waiting for a GPU slot" in line for line in here.logs(second)))
+    for process in training:
+        process.resume()
     bare = [
         subprocess.Popen(
             [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"],
