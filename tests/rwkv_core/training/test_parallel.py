@@ -375,8 +375,8 @@ def test_two_processes_learn_what_one_does(prepared):
 
 @pytest.mark.slow
 def test_two_processes_go_back_and_leave_out_what_one_does(prepared):
-    """Each by itself reads its micro-batches of the step; what one of them finds, a gradient that is no number or a large one, is
-    known to both. Those with shares read one after the other, and what they train is whole again when they begin anew.
+    """Each by itself reads its micro-batches of the step; what one of them finds, a gradient that is no number or a large one,
+    is known to both. Those with shares read one after the other, and what they train is whole again when they begin anew.
     """
     tensors = checkpoint.read(prepared / "base.pth")
     tensors["emb.weight"][29] = math.nan
