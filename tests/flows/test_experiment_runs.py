@@ -11,6 +11,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 
 def git(*words: str) -> str:
     done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
@@ -133,7 +135,6 @@ def test_a_stage_that_fails_in_an_experiment_saves_none(project: Path):
     assert not dvc("exp", "list").strip()
 
 
-@pytest.mark.slow
 def test_retraining_waits_for_new_data(project: Path):
     first = retrain()
     assert first.is_completed()
@@ -154,7 +155,6 @@ def test_retraining_waits_for_new_data(project: Path):
     assert retrain().name == "Nothing new"
 
 
-@pytest.mark.slow
 def test_retraining_fetches_what_an_import_is_from(project: Path, tmp_path: Path):
     there = tmp_path / "there.txt"
     there.write_text("of yesterday")
@@ -173,7 +173,6 @@ def test_retraining_fetches_what_an_import_is_from(project: Path, tmp_path: Path
     assert "dvc update source.txt.dvc: did not succeed" in gone.message
 
 
-@pytest.mark.slow
 def test_retraining_pulls_what_was_added_elsewhere(project: Path, tmp_path: Path):
     git("rm", "-q", "--cached", "source.txt")
     dvc("add", "-q", "source.txt")
@@ -193,7 +192,6 @@ def test_retraining_pulls_what_was_added_elsewhere(project: Path, tmp_path: Path
     assert Path("source.txt").read_text() == "of a colleague"
 
 
-@pytest.mark.slow
 def test_judging_alone_never_trains(project: Path):
     Path("outputs/model.txt").unlink()  # DVC has it
     assert evaluate_only().message == "4 stages: 0 executed, 4 up to date, 0 restored from the run cache"

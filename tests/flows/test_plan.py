@@ -48,6 +48,7 @@ def test_the_table_has_the_terms_and_what_there_is(project):
     assert "one of 1" not in output
 
 
+@pytest.mark.slow
 def test_a_card_is_solved_for_and_what_is_found_fits(project):
     wanted = told("--gpu-memory", "24GB")
     assert wanted["fits"]

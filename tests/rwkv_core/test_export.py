@@ -374,6 +374,7 @@ def test_a_state_for_each_engine_by_hand(state, out):
     assert core.is_state(state)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path):
     """A model of 200 MB in parts of 4 MB, and its state: as files are written and read back, some parts are in memory."""
     code = """

@@ -174,6 +174,7 @@ def test_export_writes_what_it_checked(done):
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_conform_leaves_the_former_and_its_verdict(done, fresh):
     """Every tensor is right; but the model is said to have another epsilon than clients take."""
     before = files(fresh)
