@@ -369,7 +369,6 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/tests"]
 from data_settings import data, part
-from sessions import any_in_session
 from rwkv_core import processes
 from rwkv_core.data.prepare import prepare
 def told(done, total):
@@ -413,7 +412,6 @@ import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/tests"]
 from data_settings import data, part
-from sessions import any_in_session
 from rwkv_core.data.prepare import prepare
 settings = data(Path(sys.argv[1]), part(mask="none"), near_duplicates=0.8)
 prepare(settings, Path(sys.argv[2]), Path(sys.argv[2] + " work"), shard_bytes=2_000_000)

@@ -381,9 +381,8 @@ def test_two_processes_go_back_and_leave_out_what_one_does(prepared):
     tensors = checkpoint.read(prepared / "base.pth")
     tensors["emb.weight"][29] = math.nan
     checkpoint.write(prepared / "bad.pth", tensors)
-    tensors = checkpoint.read(
-        prepared / "base.pth"
-    )  # the token is never thought of: a loss and a gradient that are large
+    # here the token is never thought of: its loss and gradient are large
+    tensors = checkpoint.read(prepared / "base.pth")
     tensors["ln_out.bias"][:], tensors["head.weight"][29] = 1.0, -50.0
     checkpoint.write(prepared / "steep.pth", tensors)
     writer = Writer(prepared / "data" / "train")
